@@ -1,0 +1,1 @@
+"""How does it run? The only place with Ray and HTTP."""

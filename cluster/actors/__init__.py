@@ -1,0 +1,1 @@
+"""The processes of a deployment, as Ray actors and Serve deployments."""

@@ -1,0 +1,45 @@
+"""A request as an engine sees it: tokens in, tokens out. Free of torch, so that a gateway can import it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from shards.sampling_params import SamplingParams
+
+# stop: a stop token; length: max_tokens or the context's end; abort: the gateway asked for it;
+# error: the engine could not go on (`TokenEvent.error` says why)
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What a gateway submits.
+
+    `emitted` holds the tokens that an earlier engine already produced for this request: the answer goes
+    on behind them exactly as it would have there. They count towards `max_tokens` and the penalties.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    max_tokens: int  # of the answer, `emitted` included; at least 1
+    sampling: SamplingParams
+    stop_token_ids: frozenset[int] = frozenset()  # ends the answer; the token itself is emitted, too
+    emitted: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Logprob:
+    token_id: int
+    logprob: float  # natural logarithm, of the model's distribution before any sampling knob
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One step's result for one request: a token, or an end without one (abort, error)."""
+
+    request_id: str
+    token_id: int | None
+    finish_reason: FinishReason | None = None
+    logprob: Logprob | None = None  # of the chosen token, if the request asked for logprobs
+    top_logprobs: tuple[Logprob, ...] = ()  # the likeliest tokens, best first
+    num_cached: int = 0  # prompt tokens that came from the prefix cache; set with the first token
+    error: str | None = None

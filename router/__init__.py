@@ -1,0 +1,1 @@
+"""Where does it go? Links, placement and dispatch: no weights, no Ray, no HTTP."""

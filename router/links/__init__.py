@@ -1,0 +1,1 @@
+"""Links: authenticated connections between exactly two processes, which carry rows and tokens."""

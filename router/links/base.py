@@ -1,0 +1,64 @@
+"""What travels between two processes, and what any link promises."""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Protocol
+
+
+class LinkLost(ConnectionError):
+    """The peer is gone, or broke the protocol; this link is closed and will not come back."""
+
+
+class Kind(IntEnum):
+    """What a frame is for, and what its `meta` holds."""
+
+    ROWS = 1  # engine -> expert group; meta: int32 pairs (slot, number of rows), rows in that order
+    RESULTS = 2  # expert group -> engine, with the sequence of its ROWS; the rows in the same order
+    ERROR = 3  # expert group -> engine, with the sequence of its ROWS; meta: UTF-8 text
+    TOKENS = 4  # engine -> gateway; meta: JSON, the events of one step
+    ABORT = 5  # gateway -> engine; meta: JSON, a list of request ids
+
+
+class Dtype(IntEnum):
+    """Element types of rows on the wire."""
+
+    NONE = 0
+    FLOAT32 = 1
+    BFLOAT16 = 2
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One message. `rows` is a contiguous buffer of `num_rows` rows; empty if `dtype` is NONE.
+
+    In a received frame, `meta` and `rows` lie in the link's own buffer: they are valid until the next
+    `receive` on that link.
+    """
+
+    kind: Kind
+    sequence: int = 0  # chosen by the asking side, repeated in the answer; unsigned 32 bits
+    layer: int = 0
+    meta: bytes | memoryview = b""
+    dtype: Dtype = Dtype.NONE
+    num_rows: int = 0
+    rows: memoryview = memoryview(b"")
+
+
+class Link(Protocol):
+    """A connection of exactly two processes. Not thread-safe per direction: one sender, one receiver."""
+
+    @property
+    def peer(self) -> str:
+        """Name of the other side, as it gave it in the handshake."""
+
+    def send(self, frame: Frame) -> None:
+        """Send one frame; block while the peer's buffers are full. Raises LinkLost."""
+
+    def receive(self, timeout_s: float | None = None) -> Frame:
+        """Wait for one frame. Raises LinkLost, also when `timeout_s` seconds pass without a whole frame."""
+
+    def fileno(self) -> int:
+        """Return the file descriptor that turns readable when a frame arrives, for a selector."""
+
+    def close(self) -> None:
+        """Close this end; the peer sees it at once. Closing twice does no harm."""

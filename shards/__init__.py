@@ -1,0 +1,1 @@
+"""What does one process hold and compute? Weights, kernels, the decoder: no Ray, no HTTP."""

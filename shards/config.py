@@ -1,0 +1,113 @@
+"""What a checkpoint says about its model."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM")
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The numbers of a decoder, under one name each whatever the checkpoint calls them."""
+
+    architecture: str  # one of ARCHITECTURES
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    context_length: int  # tokens, prompt and answer together
+    rope_theta: float
+    rms_norm_eps: float
+    tie_embeddings: bool
+    dtype: str  # of the weights on disk, one of DTYPES
+    sliding_window: int | None = None  # a token sees itself and the `sliding_window - 1` before it
+    num_experts: int = 0  # 0: a dense model
+    experts_per_token: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.num_experts > 0
+
+    @classmethod
+    def from_checkpoint(cls, directory: Path) -> "ModelConfig":
+        """Read `config.json` (and `generation_config.json` for stop tokens, if it is there).
+
+        Raises ValueError, naming the file and the field, for what is missing or not supported.
+        """
+        config_path = directory / "config.json"
+        fields = _read_json(config_path)
+        return cls._from_fields(fields, config_path, _eos_token_ids(directory, fields))
+
+    @classmethod
+    def _from_fields(cls, fields: dict[str, Any], path: Path, eos_token_ids: tuple[int, ...]) -> "ModelConfig":
+        def need(name: str, kind: type) -> Any:
+            value = fields.get(name)
+            if kind is float and isinstance(value, int):
+                value = float(value)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ValueError(f"{path}: {name!r} must be of type {kind.__name__}, but it is {value!r}")
+            return value
+
+        def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+            if value not in allowed:
+                raise ValueError(f"{path}: {name} {value!r} is not supported; it must be one of {allowed}")
+            return str(value)
+
+        architectures = fields.get("architectures") or [None]
+        architecture = one_of("architectures[0]", architectures[0], ARCHITECTURES)
+        one_of("hidden_act", fields.get("hidden_act"), ("silu",))
+        # transformers 5 nests the RoPE numbers under rope_parameters and writes `dtype`;
+        # transformers 4 wrote rope_theta, rope_scaling and `torch_dtype` at the top.
+        rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+        one_of("rope type", rope.get("rope_type", rope.get("type", "default")), ("default",))
+        num_heads, hidden_size = need("num_attention_heads", int), need("hidden_size", int)
+        sparse = architecture == "MixtralForCausalLM"
+        return cls(
+            architecture=architecture,
+            vocab_size=need("vocab_size", int),
+            hidden_size=hidden_size,
+            num_layers=need("num_hidden_layers", int),
+            num_heads=num_heads,
+            num_kv_heads=fields.get("num_key_value_heads") or num_heads,
+            head_dim=fields.get("head_dim") or hidden_size // num_heads,
+            intermediate_size=need("intermediate_size", int),
+            context_length=need("max_position_embeddings", int),
+            rope_theta=float(rope.get("rope_theta", fields.get("rope_theta", 10000.0))),
+            rms_norm_eps=need("rms_norm_eps", float),
+            tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
+            dtype=one_of("dtype", fields.get("dtype", fields.get("torch_dtype", "float32")), DTYPES),
+            sliding_window=fields.get("sliding_window"),
+            num_experts=need("num_local_experts", int) if sparse else 0,
+            experts_per_token=need("num_experts_per_tok", int) if sparse else 0,
+            eos_token_ids=eos_token_ids,
+        )
+
+
+def _eos_token_ids(directory: Path, fields: dict[str, Any]) -> tuple[int, ...]:
+    """Collect the stop tokens of both files: instruct checkpoints often add some in the second."""
+    found: list[int] = []
+    generation_path = directory / "generation_config.json"
+    sources = [fields] + ([_read_json(generation_path)] if generation_path.exists() else [])
+    for source in sources:
+        value = source.get("eos_token_id")
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(dict.fromkeys(found))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; a checkpoint is a folder with a config.json in it") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return fields

@@ -1,0 +1,1 @@
+"""CPU kernels whose result for a row never depends on the rows beside it."""

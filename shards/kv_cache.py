@@ -1,0 +1,41 @@
+"""The paged keys and values of every sequence in the engine."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shards.config import ModelConfig
+
+# Tokens per block. Fixed: the attention kernel folds the softmax block by block, so the block size is
+# part of the arithmetic, and sixteen fp32 keys fill one AVX-512 register.
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """One pair of tensors per layer, in fp32, laid out for the attention kernel.
+
+    B blocks   G KV heads   H head_dim   S BLOCK_SIZE
+    """
+
+    keys_BGHS: tuple[Tensor, ...]  # transposed inside a block: one vector load is 16 keys' values of one dim
+    values_BGSH: tuple[Tensor, ...]
+
+    @classmethod
+    def allocate(cls, config: ModelConfig, num_blocks: int) -> "KVCache":
+        """Reserve memory for `num_blocks` blocks; the system commits a page when it is first written."""
+        heads, dim = config.num_kv_heads, config.head_dim
+        return cls(
+            tuple(torch.empty(num_blocks, heads, dim, BLOCK_SIZE) for _ in range(config.num_layers)),
+            tuple(torch.empty(num_blocks, heads, BLOCK_SIZE, dim) for _ in range(config.num_layers)),
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        return self.keys_BGHS[0].size(0)
+
+
+def block_bytes(config: ModelConfig) -> int:
+    """Return the bytes of one block over all layers, keys and values, in fp32."""
+    return config.num_layers * 2 * config.num_kv_heads * config.head_dim * BLOCK_SIZE * 4
