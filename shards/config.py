@@ -46,14 +46,23 @@ class ModelConfig:
         return cls._from_fields(fields, config_path, _eos_token_ids(directory, fields))
 
     @classmethod
-    def _from_fields(cls, fields: dict[str, Any], path: Path, eos_token_ids: tuple[int, ...]) -> "ModelConfig":
-        def need(name: str, kind: type) -> Any:
+    def _from_fields(
+        cls, fields: dict[str, Any], path: Path, eos_token_ids: tuple[int, ...]
+    ) -> "ModelConfig":
+        def need(name: str, kind: type[int] | type[float]) -> Any:
             value = fields.get(name)
             if kind is float and isinstance(value, int):
                 value = float(value)
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise ValueError(f"{path}: {name!r} must be of type {kind.__name__}, but it is {value!r}")
+            if not isinstance(value, kind) or isinstance(value, bool) or not value > 0:
+                raise ValueError(f"{path}: {name!r} must be a positive {kind.__name__}, but it is {value!r}")
             return value
+
+        def optional(name: str) -> int | None:
+            return None if fields.get(name) is None else int(need(name, int))
+
+        def check(ok: bool, message: str) -> None:
+            if not ok:
+                raise ValueError(f"{path}: {message}")
 
         def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str:
             if value not in allowed:
@@ -67,25 +76,44 @@ class ModelConfig:
         # transformers 4 wrote rope_theta, rope_scaling and `torch_dtype` at the top.
         rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
         one_of("rope type", rope.get("rope_type", rope.get("type", "default")), ("default",))
+        for bias in ("attention_bias", "mlp_bias"):
+            check(not fields.get(bias), f"{bias} is not supported; it must be false")
         num_heads, hidden_size = need("num_attention_heads", int), need("hidden_size", int)
+        num_kv_heads = optional("num_key_value_heads") or num_heads
+        check(
+            num_heads % num_kv_heads == 0,
+            f"num_attention_heads {num_heads} must be a multiple of num_key_value_heads {num_kv_heads}",
+        )
+        head_dim = optional("head_dim") or hidden_size // num_heads
+        check(head_dim % 16 == 0 and head_dim > 0, f"head_dim {head_dim} must be a multiple of 16")
         sparse = architecture == "MixtralForCausalLM"
+        # A field that a file leaves out has the value that transformers gives it.
+        default_theta = 1_000_000.0 if sparse else 10_000.0
+        if architecture == "MistralForCausalLM":
+            fields = {"sliding_window": 4096, **fields}
+        num_experts = need("num_local_experts", int) if sparse else 0
+        experts_per_token = need("num_experts_per_tok", int) if sparse else 0
+        check(
+            experts_per_token <= num_experts,
+            f"num_experts_per_tok {experts_per_token} must not exceed num_local_experts {num_experts}",
+        )
         return cls(
             architecture=architecture,
             vocab_size=need("vocab_size", int),
             hidden_size=hidden_size,
             num_layers=need("num_hidden_layers", int),
             num_heads=num_heads,
-            num_kv_heads=fields.get("num_key_value_heads") or num_heads,
-            head_dim=fields.get("head_dim") or hidden_size // num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
             intermediate_size=need("intermediate_size", int),
             context_length=need("max_position_embeddings", int),
-            rope_theta=float(rope.get("rope_theta", fields.get("rope_theta", 10000.0))),
+            rope_theta=float(rope.get("rope_theta", fields.get("rope_theta", default_theta))),
             rms_norm_eps=need("rms_norm_eps", float),
             tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
             dtype=one_of("dtype", fields.get("dtype", fields.get("torch_dtype", "float32")), DTYPES),
-            sliding_window=fields.get("sliding_window"),
-            num_experts=need("num_local_experts", int) if sparse else 0,
-            experts_per_token=need("num_experts_per_tok", int) if sparse else 0,
+            sliding_window=optional("sliding_window"),
+            num_experts=num_experts,
+            experts_per_token=experts_per_token,
             eos_token_ids=eos_token_ids,
         )
 
@@ -105,7 +133,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; a checkpoint is a folder with a config.json in it") from None
+        raise ValueError(f"{path} does not exist; a checkpoint is a folder with one in it") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(fields, dict):

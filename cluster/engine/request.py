@@ -10,6 +10,14 @@ from shards.sampling_params import SamplingParams
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
+class EngineFull(RuntimeError):
+    """The engine holds as many requests as it will, running and waiting; nothing of this one was computed."""
+
+
+class EngineStopped(RuntimeError):
+    """The engine's steps have ended; another engine may go on with the request."""
+
+
 @dataclass(frozen=True)
 class GenerationRequest:
     """What a gateway submits.

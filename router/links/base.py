@@ -27,6 +27,9 @@ class Dtype(IntEnum):
     BFLOAT16 = 2
 
 
+_NO_ROWS = memoryview(b"")
+
+
 @dataclass(frozen=True)
 class Frame:
     """One message. `rows` is a contiguous buffer of `num_rows` rows; empty if `dtype` is NONE.
@@ -41,7 +44,7 @@ class Frame:
     meta: bytes | memoryview = b""
     dtype: Dtype = Dtype.NONE
     num_rows: int = 0
-    rows: memoryview = memoryview(b"")
+    rows: memoryview = _NO_ROWS
 
 
 class Link(Protocol):

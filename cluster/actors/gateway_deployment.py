@@ -1,0 +1,92 @@
+"""The gateway as a Serve ingress: the HTTP app, handles to the engines, and links from them."""
+
+import asyncio
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp
+
+from cluster.actors.node import listen
+from cluster.actors.ray_engine_client import RayEngineClient
+from cluster.actors.reports import ModelReport, Process
+from cluster.actors.token_links import TokenReceiver
+from cluster.metrics import GatewayMetrics
+from cluster.serve.api import create_app
+from cluster.serve.served_model import ServedModel
+from cluster.settings import Settings
+from cluster.text.huggingface import HuggingFaceTokenizer
+from cluster.text.templates import ChatTemplate
+from shards.config import ModelConfig
+
+STATUS_TIMEOUT_S = 5.0
+
+
+@serve.ingress()
+class Gateway:
+    """One replica: no weights and no torch, only text, HTTP and the journal."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self,
+        settings: Settings,
+        checkpoints: dict[str, str],
+        secret: bytes,
+        api_keys: frozenset[str],
+        engines: dict[str, DeploymentHandle],
+    ) -> None:
+        self._name = f"gateway-{uuid.uuid4().hex[:8]}"
+        self._api_keys = api_keys
+        self._engines = engines
+        self._receiver = TokenReceiver(listen(secret, self._name))
+        self._models = {
+            model.name: await self._serve(model.name, Path(checkpoints[model.name]))
+            for model in settings.models
+        }
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return create_app(
+            self._models,
+            metrics=GatewayMetrics(),
+            is_ready=self._is_ready,
+            status=self._status,
+            api_keys=self._api_keys,
+        )
+
+    async def _serve(self, name: str, directory: Path) -> ServedModel:
+        """Wait for the model's engine, then put its text side before it."""
+        description = await self._engines[name].describe.remote()
+        config = ModelConfig.from_checkpoint(directory)
+        return ServedModel(
+            name=name,
+            tokenizer=HuggingFaceTokenizer.from_checkpoint(directory),
+            template=ChatTemplate.from_checkpoint(directory),
+            context_length=description.context_length,
+            stop_token_ids=frozenset(config.eos_token_ids),
+            created=int((directory / "config.json").stat().st_mtime),
+            engine=RayEngineClient(self._engines[name], self._receiver),
+        )
+
+    async def _reports(self) -> list[ModelReport]:
+        calls = (engine.model_report.remote() for engine in self._engines.values())
+        async with asyncio.timeout(STATUS_TIMEOUT_S):
+            return list(await asyncio.gather(*calls))
+
+    async def _is_ready(self) -> bool:
+        """Say whether every model has an engine that answers."""
+        try:
+            await self._reports()
+        except (RayError, RayServeException, TimeoutError):
+            return False
+        return True
+
+    async def _status(self) -> dict[str, Any]:
+        """Describe every process of the deployment, as far as this gateway can see."""
+        return {
+            "gateway": asdict(Process.this("Gateway", self._name)),
+            "models": [asdict(report) for report in await self._reports()],
+        }

@@ -1,0 +1,67 @@
+"""The engines of one model behind a Serve handle: one unary call per request, tokens on a link."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from cluster.actors.token_links import TokenReceiver
+from cluster.engine.request import EngineFull, EngineStopped, GenerationRequest, TokenEvent
+from cluster.serve.engine_client import EngineLost, EngineOverloaded, EngineUnavailable
+
+# The call may return before the last frame has come over the link, but not by much.
+LAST_FRAME_TIMEOUT_S = 5.0
+
+
+class RayEngineClient:
+    """Implements EngineClient. The call says only that the request has ended, or why it could not."""
+
+    def __init__(self, handle: DeploymentHandle, receiver: TokenReceiver) -> None:
+        self._handle = handle
+        self._receiver = receiver
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
+        """Yield the request's events, as EngineClient says; leaving early cancels the call."""
+        events = self._receiver.open(request.id)
+        response = self._handle.generate.remote(request, self._receiver.address)
+        call = asyncio.ensure_future(_result(response))
+        call.add_done_callback(_retrieve)
+        next_event = asyncio.ensure_future(events.get())
+        ended = False
+        try:
+            while not ended:
+                await asyncio.wait((call, next_event), return_when=asyncio.FIRST_COMPLETED)
+                if not next_event.done():
+                    call.result()  # raises what ended the call early
+                    await asyncio.wait((next_event,), timeout=LAST_FRAME_TIMEOUT_S)
+                    if not next_event.done():
+                        raise EngineLost("the engine ended the request, but its last tokens did not arrive")
+                event = next_event.result()
+                ended = event.finish_reason is not None
+                next_event = asyncio.ensure_future(events.get())
+                yield event
+        finally:
+            self._receiver.close(request.id)
+            next_event.cancel()
+            if not ended and not call.done():
+                response.cancel()
+
+
+async def _result(response: object) -> None:
+    """Wait for the call's end, and give what went wrong the names that EngineClient has for it."""
+    try:
+        await response  # type: ignore[misc]  # Serve's DeploymentResponse is awaitable, but not typed so
+    except (EngineStopped, RayActorError) as error:
+        raise EngineLost(f"the engine died: {error}") from error
+    except (EngineFull, BackPressureError) as error:
+        raise EngineOverloaded(str(error)) from error
+    except DeploymentUnavailableError as error:
+        raise EngineUnavailable(str(error)) from error
+
+
+def _retrieve(call: "asyncio.Future[None]") -> None:
+    """Look at a call's outcome, which nobody may be waiting for any more; asyncio complains otherwise."""
+    if not call.cancelled():
+        call.exception()

@@ -1,0 +1,81 @@
+"""An engine's view of its router: the newest placement, and a place to report to."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import ray
+from ray import serve
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from cluster.actors.reports import EngineReport, ModelReport
+from router.placement import Placement
+
+logger = logging.getLogger(__name__)
+
+ROUTER = "Router"  # its name as a deployment actor
+POLL_TIMEOUT_S = 10.0  # of one long poll
+RETRY_S = 0.2
+
+
+class RouterClient:
+    """Follows the router of this replica's deployment; implements the dispatcher's `Placements`.
+
+    The router may be killed and made again: every call looks its handle up anew, and placements go on
+    being served from here meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._placement = Placement(epoch=0, groups=())
+        threading.Thread(target=self._follow, name="follow-router", daemon=True).start()
+
+    def current(self) -> Placement:
+        """Return the newest placement that has come; epoch 0 and no groups before the first."""
+        return self._placement
+
+    def wait_newer(self, epoch: int, timeout_s: float) -> Placement:
+        """Wait until there is a placement newer than `epoch`; return the newest, also when time is up."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._placement.epoch > epoch, timeout_s)
+            return self._placement
+
+    def report_every(self, period_s: float, make_report: Callable[[], EngineReport]) -> None:
+        """Report to the router now and then, from a thread of its own."""
+
+        def run() -> None:
+            while True:
+                try:
+                    _router().report_engine.remote(make_report())
+                except (RayError, RayServeException) as error:
+                    logger.debug("the router could not be told: %s", error)
+                time.sleep(period_s)
+
+        threading.Thread(target=run, name="report", daemon=True).start()
+
+    async def model_report(self) -> ModelReport:
+        """Ask the router for the state of all of the model's processes. Raises RayError."""
+        report: ModelReport = await _router().report.remote()
+        return report
+
+    def _follow(self) -> None:
+        while True:
+            try:
+                newer: Placement | None = ray.get(
+                    _router().placement_after.remote(self._placement.epoch, POLL_TIMEOUT_S)
+                )
+            except (RayError, RayServeException) as error:
+                logger.warning("the router does not answer: %s", error)
+                time.sleep(RETRY_S)
+                continue
+            if newer is not None:
+                with self._changed:
+                    self._placement = newer
+                    self._changed.notify_all()
+
+
+def _router() -> ActorHandle:
+    return serve.get_deployment_actor(ROUTER)

@@ -1,0 +1,110 @@
+"""Tokens on their way from engines to gateways: one link per pair, one frame per engine step.
+
+A gateway listens and an engine connects, when the gateway's first request arrives. Both sides put threads
+around the blocking links: an engine must not wait for a slow gateway, nor an event loop for a socket.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+
+from cluster.engine.request import TokenEvent
+from cluster.engine.token_wire import decode_events, encode_events
+from router.links.address import Address
+from router.links.base import Frame, Kind, Link, LinkLost
+from router.links.listener import Listener
+from router.links.stream import connect
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 5.0
+
+
+class TokenSender:
+    """An engine's links to its gateways, opened when first needed, each with a thread that sends."""
+
+    def __init__(self, secret: bytes, name: str, on_lost: Callable[[str], None]) -> None:
+        """`on_lost(gateway)` is called, from the link's thread, when a gateway is gone."""
+        self._secret = secret
+        self._name = name
+        self._on_lost = on_lost
+        self._outboxes: dict[str, SimpleQueue[list[TokenEvent] | None]] = {}
+
+    def send(self, gateway: str, events: list[TokenEvent]) -> None:
+        """Queue one step's events for the gateway at this address; never blocks. One thread may call it."""
+        outbox = self._outboxes.get(gateway)
+        if outbox is None:
+            outbox = self._outboxes[gateway] = SimpleQueue()
+            threading.Thread(target=self._run, args=(gateway, outbox), name="token-link", daemon=True).start()
+        outbox.put(events)
+
+    def close(self) -> None:
+        """Close every link behind what is queued."""
+        for outbox in self._outboxes.values():
+            outbox.put(None)
+
+    def _run(self, gateway: str, outbox: "SimpleQueue[list[TokenEvent] | None]") -> None:
+        try:
+            link = connect(Address.parse(gateway), self._secret, self._name, CONNECT_TIMEOUT_S)
+            try:
+                while (events := outbox.get()) is not None:
+                    link.send(Frame(Kind.TOKENS, meta=encode_events(events)))
+            finally:
+                link.close()
+        except (OSError, ValueError) as error:
+            logger.warning("the gateway at %s is lost, and its requests with it: %s", gateway, error)
+            self._on_lost(gateway)
+            # Events of requests that it had are still on their way; a gateway's address is never used again.
+            while outbox.get() is not None:
+                pass
+
+
+class TokenReceiver:
+    """A gateway's end of the token links: routes every event to the request that waits for it."""
+
+    def __init__(self, listener: Listener) -> None:
+        """Must be made on the event loop that the waiting requests run on."""
+        self._loop = asyncio.get_running_loop()
+        self._listener = listener
+        self._waiting: dict[str, asyncio.Queue[TokenEvent]] = {}
+        threading.Thread(target=self._accept, name="token-accept", daemon=True).start()
+
+    @property
+    def address(self) -> str:
+        return str(self._listener.address)
+
+    def open(self, request_id: str) -> "asyncio.Queue[TokenEvent]":
+        """Return the queue into which this request's events will come, until `close`."""
+        queue: asyncio.Queue[TokenEvent] = asyncio.Queue()
+        self._waiting[request_id] = queue
+        return queue
+
+    def close(self, request_id: str) -> None:
+        """Let go of a request; events that still come for it are dropped."""
+        del self._waiting[request_id]
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                link = self._listener.accept()
+            except LinkLost:
+                return  # the listener was closed
+            threading.Thread(target=self._read, args=(link,), name="token-link", daemon=True).start()
+
+    def _read(self, link: Link) -> None:
+        try:
+            while True:
+                events = decode_events(link.receive().meta)
+                self._loop.call_soon_threadsafe(self._route, events)
+        except (LinkLost, ValueError) as error:
+            # Whoever waits learns of it from the Ray call to that engine, which ends with the engine.
+            logger.info("the token link from %s ended: %s", link.peer, error)
+            link.close()
+
+    def _route(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            queue = self._waiting.get(event.request_id)
+            if queue is not None:
+                queue.put_nowait(event)

@@ -1,0 +1,160 @@
+"""The thread that steps an engine, and the thread-safe door to it."""
+
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+
+from cluster.engine.engine import Engine
+from cluster.engine.observer import EngineObserver
+from cluster.engine.request import EngineFull, EngineStopped, FinishReason, GenerationRequest, TokenEvent
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """How a request ended."""
+
+    finish_reason: FinishReason
+    num_tokens: int  # produced here; tokens that came with the request do not count
+
+
+@dataclass
+class _Open:
+    """A request that this loop has accepted and not finished."""
+
+    gateway: str
+    future: Future[Generated]
+    submitted_at: float = field(default_factory=time.perf_counter)
+    num_tokens: int = 0
+
+
+class EngineLoop:
+    """Step an engine in a thread of its own, and hand each step's events to their gateways.
+
+    `deliver(gateway, events)` is called from that thread once per step and gateway; it must not block.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        deliver: Callable[[str, list[TokenEvent]], None],
+        observer: EngineObserver,
+        max_open: int,
+    ) -> None:
+        self._engine = engine
+        self._deliver = deliver
+        self._observer = observer
+        self._max_open = max_open
+        self._open: dict[str, _Open] = {}  # by request id; touched by the thread alone
+        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._stopping = False
+        self.failure: BaseException | None = None  # why the thread ended, if it was not asked to
+        self._thread = threading.Thread(target=self._run, name="engine-steps", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: GenerationRequest, gateway: str) -> "Future[Generated]":
+        """Queue a request. The future ends with the request.
+
+        In it, ValueError says why the request can never be served, EngineFull that it can't be now.
+        """
+        future: Future[Generated] = Future()
+        self._inbox.put(lambda: self._admit(request, _Open(gateway, future)))
+        if not self._thread.is_alive():  # it may have ended before it could see this request
+            self._turn_away()
+        return future
+
+    def abort(self, request_id: str) -> None:
+        """End a request before the next step; one that is unknown, or has ended, is ignored."""
+        self._inbox.put(lambda: self._engine.abort(request_id))
+
+    def abort_gateway(self, gateway: str) -> None:
+        """End every request of a gateway that is gone."""
+
+        def abort_all() -> None:
+            for request_id in [id for id, open_ in self._open.items() if open_.gateway == gateway]:
+                self._engine.abort(request_id)
+
+        self._inbox.put(abort_all)
+
+    def stop(self) -> None:
+        """Stop after the step in progress and wait for the thread's end."""
+
+        def stop() -> None:
+            self._stopping = True
+
+        self._inbox.put(stop)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._read_inbox(wait=not self._engine.has_work)
+                if self._engine.has_work:
+                    self._step()
+        except BaseException as failure:
+            logger.exception("the engine's step failed; this engine is lost")
+            self.failure = failure
+            raise
+        finally:
+            for open_ in self._open.values():
+                open_.future.set_exception(EngineStopped("the engine has stopped"))
+            self._open.clear()
+            self._turn_away()
+
+    def _turn_away(self) -> None:
+        """Refuse what is still in the inbox: nobody will step for it."""
+        self._stopping = True
+        self._read_inbox(wait=False)
+
+    def _read_inbox(self, wait: bool) -> None:
+        try:
+            if wait:
+                self._inbox.get()()
+            while True:
+                self._inbox.get_nowait()()
+        except Empty:
+            return
+
+    def _admit(self, request: GenerationRequest, open_: _Open) -> None:
+        # From here on the future can't be cancelled: the engine's last event ends it.
+        if not open_.future.set_running_or_notify_cancel():
+            return
+        if self._stopping:
+            open_.future.set_exception(EngineStopped("the engine has stopped"))
+            return
+        if len(self._open) >= self._max_open:
+            open_.future.set_exception(EngineFull(f"the engine already holds {self._max_open} requests"))
+            return
+        try:
+            self._engine.submit(request)
+        except ValueError as error:
+            open_.future.set_exception(error)
+        else:
+            self._open[request.id] = open_
+
+    def _step(self) -> None:
+        started_at = time.perf_counter()
+        events = self._engine.step()
+        now = time.perf_counter()
+        by_gateway: dict[str, list[TokenEvent]] = defaultdict(list)
+        for event in events:
+            open_ = self._open[event.request_id]
+            by_gateway[open_.gateway].append(event)
+            if event.token_id is not None:
+                if open_.num_tokens == 0:
+                    self._observer.saw_first_token(now - open_.submitted_at)
+                open_.num_tokens += 1
+        for gateway, its_events in by_gateway.items():
+            self._deliver(gateway, its_events)
+        for event in events:
+            if event.finish_reason:
+                ended = self._open.pop(event.request_id)
+                ended.future.set_result(Generated(event.finish_reason, ended.num_tokens))
+        num_generated = sum(event.token_id is not None for event in events)
+        self._observer.saw_step(now - started_at, num_generated, self._engine.stats())

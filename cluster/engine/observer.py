@@ -1,0 +1,55 @@
+"""What an engine's steps tell its metrics and its report."""
+
+import time
+from collections import deque
+
+from cluster.engine.engine import EngineStats
+from cluster.metrics import EngineMetrics
+
+RATE_WINDOW_S = 5.0
+
+
+class EngineObserver:
+    """Turns the engine's numbers into metrics, step by step; called from the engine's thread."""
+
+    def __init__(self, metrics: EngineMetrics, model: str) -> None:
+        self._first_token_seconds = metrics.time_to_first_token_seconds.labels(model)
+        self._step_seconds = metrics.step_seconds.labels(model)
+        self._step_tokens = metrics.step_tokens.labels(model)
+        self._cached_tokens = metrics.cached_tokens.labels(model)
+        self._preemptions = metrics.preemptions.labels(model)
+        self._gauges = [
+            (metrics.running.labels(model), "num_running"),
+            (metrics.waiting.labels(model), "num_waiting"),
+            (metrics.used_blocks.labels(model), "used_blocks"),
+            (metrics.total_blocks.labels(model), "total_blocks"),
+        ]
+        self._last = EngineStats(0, 0, 0, 0, 0, 0, 0, 0)
+        self._generated: deque[tuple[float, int]] = deque()  # (when, tokens) of the last steps
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's numbers after its last step."""
+        return self._last
+
+    def saw_first_token(self, seconds: float) -> None:
+        """Note the time from a request's arrival to its first token."""
+        self._first_token_seconds.observe(seconds)
+
+    def saw_step(self, seconds: float, num_generated: int, stats: EngineStats) -> None:
+        """Note a step's duration, the tokens it gave to requests, and the engine's numbers behind it."""
+        self._step_seconds.observe(seconds)
+        self._step_tokens.observe(stats.num_computed_tokens - self._last.num_computed_tokens)
+        self._cached_tokens.inc(stats.num_cached_tokens - self._last.num_cached_tokens)
+        self._preemptions.inc(stats.num_preemptions - self._last.num_preemptions)
+        for gauge, name in self._gauges:
+            gauge.set(getattr(stats, name))
+        self._last = stats
+        self._generated.append((time.monotonic(), num_generated))
+        while self._generated[0][0] < self._generated[-1][0] - RATE_WINDOW_S:
+            self._generated.popleft()
+
+    def tokens_per_s(self) -> float:
+        """Return the rate of generated tokens over the last seconds. Safe from any thread."""
+        since = time.monotonic() - RATE_WINDOW_S
+        return sum(tokens for when, tokens in list(self._generated) if when >= since) / RATE_WINDOW_S

@@ -1,0 +1,159 @@
+"""Every metric of the project, by the kind of process that counts it.
+
+All names begin with `tradewind_`; units and suffixes follow Prometheus' own naming rules. The processes of
+one node share one scrape target: whoever starts them sets PROMETHEUS_MULTIPROC_DIR to an empty folder on a
+local disk, before the first import of this file, and `exposition()` in any of them reports the sum. Make one
+object of a kind per process: in that mode two of them would overwrite each other's numbers.
+"""
+
+import os
+from pathlib import Path
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+# From one step of a small model on a fast machine to an answer that somebody waits for all day.
+_LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_TOKEN_GAP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
+_STEP_TOKEN_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+class GatewayMetrics:
+    """What clients see."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self.requests = Counter(
+            "tradewind_gateway_requests_total",
+            "HTTP requests by outcome; 499: the client left. A stream that fails counts under its error.",
+            ["model", "endpoint", "status"],
+            registry=registry,
+        )
+        self.in_flight = Gauge(
+            "tradewind_gateway_requests_in_flight",
+            "Completion requests being answered.",
+            ["model"],
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self.request_seconds = Histogram(
+            "tradewind_gateway_request_duration_seconds",
+            "From the request's headers to the last byte of the answer.",
+            ["model", "endpoint"],
+            registry=registry,
+            buckets=_DURATION_BUCKETS,
+        )
+        self.prompt_tokens = Counter(
+            "tradewind_gateway_prompt_tokens_total", "Tokens of prompts.", ["model"], registry=registry
+        )
+        self.generated_tokens = Counter(
+            "tradewind_gateway_generated_tokens_total", "Tokens of answers.", ["model"], registry=registry
+        )
+        self.time_to_first_token_seconds = Histogram(
+            "tradewind_gateway_time_to_first_token_seconds",
+            "From submission at the engine to the first token, per choice.",
+            ["model"],
+            registry=registry,
+            buckets=_LATENCY_BUCKETS,
+        )
+        self.inter_token_seconds = Histogram(
+            "tradewind_gateway_inter_token_latency_seconds",
+            "Between two tokens of one choice.",
+            ["model"],
+            registry=registry,
+            buckets=_TOKEN_GAP_BUCKETS,
+        )
+        self.resubmissions = Counter(
+            "tradewind_gateway_resubmissions_total",
+            "Requests handed to another engine because theirs was lost.",
+            ["model"],
+            registry=registry,
+        )
+
+
+class EngineMetrics:
+    """What one engine does."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        def gauge(name: str, text: str) -> Gauge:
+            # Two engines of one model on a node add up; a dead one must not count any more.
+            return Gauge(name, text, ["model"], registry=registry, multiprocess_mode="livesum")
+
+        self.running = gauge(
+            "tradewind_engine_requests_running", "Requests with blocks, in the current batch."
+        )
+        self.waiting = gauge("tradewind_engine_requests_waiting", "Requests that wait for admission.")
+        self.used_blocks = gauge("tradewind_engine_kv_blocks_used", "KV blocks that requests hold.")
+        self.total_blocks = gauge("tradewind_engine_kv_blocks", "KV blocks that exist.")
+        self.cached_tokens = Counter(
+            "tradewind_engine_prefix_cached_tokens_total",
+            "Prompt tokens found in the prefix cache, not computed.",
+            ["model"],
+            registry=registry,
+        )
+        self.preemptions = Counter(
+            "tradewind_engine_preemptions_total",
+            "Requests put back to the queue for lack of blocks.",
+            ["model"],
+            registry=registry,
+        )
+        self.step_seconds = Histogram(
+            "tradewind_engine_step_duration_seconds",
+            "One step: plan, run, sample, commit.",
+            ["model"],
+            registry=registry,
+            buckets=_TOKEN_GAP_BUCKETS,
+        )
+        self.step_tokens = Histogram(
+            "tradewind_engine_step_tokens",
+            "Tokens computed in one step.",
+            ["model"],
+            registry=registry,
+            buckets=_STEP_TOKEN_BUCKETS,
+        )
+        self.time_to_first_token_seconds = Histogram(
+            "tradewind_engine_time_to_first_token_seconds",
+            "From arrival at the engine to its first token.",
+            ["model"],
+            registry=registry,
+            buckets=_LATENCY_BUCKETS,
+        )
+
+
+class ExpertMetrics:
+    """What one expert group does."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        # Summed over layers: experts x layers x groups would be thousands of series for one model.
+        self.rows = Counter(
+            "tradewind_expert_rows_total",
+            "Rows (tokens routed to an expert) computed, over all layers.",
+            ["model", "group", "expert"],
+            registry=registry,
+        )
+
+
+def exposition(registry: CollectorRegistry = REGISTRY) -> bytes:
+    """Return the metrics in Prometheus' text format: of all processes of the node, or of `registry` alone.
+
+    In multiprocess mode it reads one file per process and kind of metric, so it blocks on the disk.
+    """
+    directory = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if directory is None:
+        return generate_latest(registry)
+    _forget_dead_processes(Path(directory))
+    merged = CollectorRegistry()
+    MultiProcessCollector(merged, path=directory)  # type: ignore[no-untyped-call]  # theirs is untyped
+    return generate_latest(merged)
+
+
+def _forget_dead_processes(directory: Path) -> None:
+    """Remove the gauges of processes that ended without a word; their counters stay."""
+    pids = {int(path.stem.rpartition("_")[2]) for path in directory.glob("gauge_live*_*.db")}
+    for pid in pids:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            mark_process_dead(pid, path=str(directory))  # type: ignore[no-untyped-call]  # theirs, too
+        except PermissionError:
+            pass  # alive, and another user's

@@ -1,0 +1,130 @@
+"""The HTTP surface: OpenAI's endpoints, and the operator's."""
+
+import asyncio
+import hmac
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI
+from fastapi.exceptions import RequestValidationError
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from cluster.metrics import GatewayMetrics, exposition
+from cluster.serve.completions import Completions
+from cluster.serve.errors import ApiError, invalid, unavailable
+from cluster.serve.journal import RetryPolicy
+from cluster.serve.observer import Observer
+from cluster.serve.served_model import ServedModel
+
+
+def create_app(
+    models: Mapping[str, ServedModel],
+    *,
+    metrics: GatewayMetrics,
+    is_ready: Callable[[], Awaitable[bool]],
+    status: Callable[[], Awaitable[Mapping[str, Any]]],
+    api_keys: frozenset[str] = frozenset(),
+    retry: RetryPolicy | None = None,
+    expose: Callable[[], bytes] = exposition,
+) -> FastAPI:
+    """Build the app that serves `models` (by the name that clients use).
+
+    With `api_keys`, everything under /v1 asks for one of them. `expose` blocks and is called in a thread.
+    """
+    completions = Completions(models, metrics, retry or RetryPolicy())
+    # The API is OpenAI's, and so is its documentation.
+    app = FastAPI(title="Tradewind", openapi_url=None, redirect_slashes=False)
+    app.add_middleware(Observer, metrics=metrics)
+    _word_errors(app)
+
+    @app.get("/health")
+    async def health() -> Response:
+        if not await is_ready():
+            raise unavailable("not ready: a model has no engine that can answer")
+        return _json({"status": "ok"})
+
+    @app.get("/status")
+    async def report_status() -> Response:
+        return _json(await status())
+
+    @app.get("/metrics")
+    async def report_metrics() -> Response:
+        return Response(await asyncio.to_thread(expose), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+    app.include_router(_openai_router(completions, api_keys))
+    return app
+
+
+def _openai_router(endpoints: Completions, api_keys: frozenset[str]) -> APIRouter:
+    async def authorize(request: Request) -> None:
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        # Every key is compared, each in constant time: the delay of the answer must tell nothing.
+        known = [hmac.compare_digest(given.encode(), key.encode()) for key in api_keys]
+        if api_keys and not (scheme.lower() == "bearer" and any(known)):
+            raise ApiError(
+                401,
+                "this server needs a valid API key, in the header 'Authorization: Bearer <key>'",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    router = APIRouter(prefix="/v1", dependencies=[Depends(authorize)])
+
+    @router.post("/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await endpoints.chat(request)
+
+    @router.post("/completions")
+    async def completions(request: Request) -> Response:
+        return await endpoints.complete(request)
+
+    @router.get("/models")
+    async def list_models() -> Response:
+        return _json({"object": "list", "data": [_card(model) for model in endpoints.models.values()]})
+
+    @router.get("/models/{name:path}")
+    async def retrieve_model(name: str) -> Response:
+        return _json(_card(endpoints.find(name)))
+
+    return router
+
+
+def _word_errors(app: FastAPI) -> None:
+    """Give every error OpenAI's body, also those that FastAPI raises itself."""
+
+    @app.exception_handler(ApiError)
+    async def ours(_: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(HTTPException)
+    async def routing(request: Request, error: HTTPException) -> Response:
+        messages = {
+            404: f"there is no {request.url.path}",
+            405: f"{request.url.path} does not take {request.method}",
+        }
+        message = messages.get(error.status_code, error.detail)
+        return ApiError(error.status_code, message, headers=error.headers).response()
+
+    @app.exception_handler(RequestValidationError)
+    async def validation(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"][1:]))
+        return invalid(f"{name}: {first['msg']}", name).response()
+
+
+def _card(model: ServedModel) -> dict[str, Any]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "tradewind",
+        "max_model_len": model.context_length,  # the name that load generators look for
+    }
+
+
+def _json(body: Mapping[str, Any]) -> Response:
+    return Response(json.dumps(body), media_type="application/json")

@@ -1,0 +1,162 @@
+"""The end that waits for links."""
+
+import contextlib
+import logging
+import os
+import selectors
+import socket
+import threading
+import uuid
+from collections import deque
+from pathlib import Path
+
+from router.links.address import Address, this_host_id
+from router.links.base import LinkLost
+from router.links.handshake import DEADLINE_S, check_identity, greet_as_listener
+from router.links.stream import StreamLink
+from router.links.wire import MAX_FRAME_BYTES
+
+_MAX_UNIX_PATH_BYTES = 107  # sockaddr_un holds 108, one of them a zero
+_MAX_HANDSHAKES = 64  # at once; further connections wait in the system's backlog
+_BACKLOG = 128
+_PAUSE_S = 0.1  # before accepting again when the system is out of descriptors
+
+_log = logging.getLogger(__name__)
+
+
+class Listener:
+    """Accepts authenticated links on a Unix socket and on a TCP port.
+
+    Each handshake has a thread and a deadline of its own, so a silent or hostile stranger delays nobody.
+    """
+
+    def __init__(
+        self,
+        secret: bytes,
+        name: str,
+        directory: Path,
+        host: str,
+        *,
+        handshake_deadline_s: float = DEADLINE_S,
+        max_frame_bytes: int = MAX_FRAME_BYTES,
+    ) -> None:
+        """Listen at once. `directory` is for the Unix socket; `host` is the name others reach this host by.
+
+        Raises ValueError if the path is too long for a socket, OSError if the system refuses.
+        """
+        check_identity(secret, name)
+        unix_path = directory.absolute() / f"{uuid.uuid4().hex[:16]}.sock"
+        if len(os.fsencode(unix_path)) > _MAX_UNIX_PATH_BYTES:
+            longest = _MAX_UNIX_PATH_BYTES - len(unix_path.name) - 1
+            raise ValueError(
+                f"directory {str(directory)!r} is too long for Unix sockets: at most {longest} bytes"
+            )
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+        self._secret, self._name = secret, name
+        self._handshake_deadline_s, self._max_frame_bytes = handshake_deadline_s, max_frame_bytes
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._tcp = socket.create_server((host, 0), family=family, backlog=_BACKLOG)
+        self._unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._unix.bind(str(unix_path))
+        self._unix.listen(_BACKLOG)
+        self._address = Address(this_host_id(), str(unix_path), host, self._tcp.getsockname()[1])
+
+        self._lock = threading.Lock()  # of the three below
+        self._closing = threading.Event()
+        self._greeting: set[socket.socket] = set()
+        self._accepted: deque[StreamLink] = deque()
+        self._free_threads = threading.BoundedSemaphore(_MAX_HANDSHAKES)
+        # Carries a byte for each link in `_accepted`, so that a selector can wait for them.
+        self._ready, self._announce = socket.socketpair()
+        self._stop, self._stopped = socket.socketpair()
+        self._thread = threading.Thread(target=self._listen, name=f"listener {name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def address(self) -> Address:
+        return self._address
+
+    def fileno(self) -> int:
+        """Return the file descriptor that turns readable when `accept` has a link, for a selector."""
+        return self._ready.fileno()
+
+    def accept(self, timeout_s: float | None = None) -> StreamLink:
+        """Wait for the next link. Raises TimeoutError, and LinkLost once the listener is closed."""
+        try:
+            self._ready.settimeout(timeout_s)
+            if self._ready.recv(1):
+                return self._accepted.popleft()
+        except (TimeoutError, BlockingIOError):
+            raise TimeoutError(f"no link to {self._name!r} came within {timeout_s} s") from None
+        except (OSError, IndexError):
+            pass  # closed at this moment
+        raise LinkLost(f"listener {self._name!r} is closed")
+
+    def close(self) -> None:
+        """Stop listening, remove the socket file, end what nobody accepted yet; accepted links live on."""
+        with self._lock:
+            if self._closing.is_set():
+                return
+            self._closing.set()
+            for sock in (self._stop, self._announce, *self._greeting):
+                _shut_down(sock)
+        self._thread.join()
+        # `_ready` stays open: reading its end of file is how `accept` learns that this listener is closed.
+        for sock in (self._tcp, self._unix, self._stop, self._stopped):
+            sock.close()
+        Path(self._address.unix_path).unlink(missing_ok=True)
+        while self._accepted:
+            self._accepted.popleft().close()
+
+    def _listen(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for sock in (self._stopped, self._tcp, self._unix):
+                sock.setblocking(False)
+                selector.register(sock, selectors.EVENT_READ)
+            while not self._closing.is_set():
+                for key, _ in selector.select():
+                    if isinstance(key.fileobj, socket.socket) and key.fileobj is not self._stopped:
+                        self._admit(key.fileobj)
+
+    def _admit(self, server: socket.socket) -> None:
+        self._free_threads.acquire()  # the handshakes' deadline bounds this wait
+        try:
+            sock, _ = server.accept()
+        except BlockingIOError:  # the stranger is gone already
+            self._free_threads.release()
+            return
+        except OSError as error:
+            self._free_threads.release()
+            _log.error("listener %r cannot accept a connection: %s", self._name, error)
+            self._closing.wait(_PAUSE_S)
+            return
+        with self._lock:
+            self._greeting.add(sock)
+        threading.Thread(
+            target=self._greet, args=(sock,), name=f"handshake {self._name}", daemon=True
+        ).start()
+
+    def _greet(self, sock: socket.socket) -> None:
+        try:
+            peer = greet_as_listener(sock, self._secret, self._name, self._handshake_deadline_s)
+            link = StreamLink(sock, peer, max_frame_bytes=self._max_frame_bytes)
+            with self._lock:
+                if self._closing.is_set():
+                    raise LinkLost("the listener was closed")
+                self._accepted.append(link)
+            self._announce.send(b"+")
+        except OSError as error:  # LinkLost is one
+            sock.close()
+            if not self._closing.is_set():
+                _log.warning("listener %r refused a connection: %s", self._name, error)
+        finally:
+            with self._lock:
+                self._greeting.discard(sock)
+            self._free_threads.release()
+
+
+def _shut_down(sock: socket.socket) -> None:
+    """End the connection without freeing its descriptor, so that a thread blocked on it wakes safely."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,150 @@
+"""The weights of a model on disk: a folder of safetensors files.
+
+The format is a little-endian 64-bit header length, a JSON header, then the tensors' bytes:
+https://huggingface.co/docs/safetensors. We read the headers ourselves, because then every way in which a
+download can be broken has a name, and no file is mapped that could be cut short under a running process.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+MAX_HEADER_BYTES = 100_000_000  # the bound of the safetensors library; more is no safetensors file
+
+
+class BrokenCheckpoint(ValueError):
+    """The files are not what they should be; the message says which one, and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies, as its file's header says it."""
+
+    path: Path
+    dtype: str  # the format's name, perhaps one that we cannot compute with
+    shape: Shape
+    offset: int  # bytes from the start of the file
+    num_bytes: int
+
+
+class Checkpoint:
+    """The tensors in a folder, by name. Holds headers only, and no open file."""
+
+    def __init__(self, directory: Path) -> None:
+        """Read all headers. Raises BrokenCheckpoint if a file is missing, cut short or foreign."""
+        self.tensors: dict[str, StoredTensor] = {}
+        self._source = directory / "model.safetensors"  # what a missing tensor is missing from
+        self._file_of: dict[str, str] = {}
+        index_path = directory / "model.safetensors.index.json"
+        if self._source.exists():
+            self.tensors = _read_header(self._source)
+            return
+        if not index_path.exists():
+            raise BrokenCheckpoint(f"{directory} holds neither {self._source.name} nor {index_path.name}")
+        self._source, self._file_of = index_path, _read_index(index_path)
+        for name in sorted(set(self._file_of.values())):
+            if not (directory / name).exists():
+                raise BrokenCheckpoint(f"{directory / name} does not exist, but {index_path.name} names it")
+            self.tensors |= _read_header(directory / name)
+
+    def verify(self, expected: Mapping[str, Shape]) -> None:
+        """Check name, shape and dtype of all `expected` tensors, by their headers alone.
+
+        Raises BrokenCheckpoint for the first that is missing or differs. Other tensors may be there, too.
+        """
+        for name, shape in expected.items():
+            found = self.tensors.get(name)
+            if found is None:
+                path = self._source.parent / self._file_of.get(name, self._source.name)
+                raise BrokenCheckpoint(f"{path} has no tensor {name!r}, which should be of shape {shape}")
+            if found.shape != shape:
+                raise BrokenCheckpoint(
+                    f"{found.path}: tensor {name!r} is of shape {found.shape}, "
+                    f"but by config.json it should be of shape {shape}"
+                )
+            if found.dtype not in DTYPES:
+                raise BrokenCheckpoint(
+                    f"{found.path}: tensor {name!r} is of dtype {found.dtype}, which is not supported; "
+                    f"it must be one of {', '.join(DTYPES)}"
+                )
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor, in the dtype it has on disk. Blocks on the disk; KeyError if there is none."""
+        stored = self.tensors[name]
+        tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+        with stored.path.open("rb", buffering=0) as file:
+            file.seek(stored.offset)
+            left = tensor.flatten().view(torch.uint8).numpy().data
+            while left:  # Linux reads at most 2 GiB at once
+                num_read = file.readinto(left)
+                if not num_read:
+                    raise BrokenCheckpoint(f"{stored.path} was cut short while {name!r} was read from it")
+                left = left[num_read:]
+        return tensor
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Return the file name of each tensor."""
+    try:
+        weight_map = json.loads(path.read_bytes())["weight_map"]
+    except (ValueError, KeyError, TypeError):
+        weight_map = None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise BrokenCheckpoint(f"{path} must hold a JSON object whose 'weight_map' gives each tensor's file")
+    return weight_map
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    """Return what one file holds, after checking that all of it is there."""
+    file_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        data_start = 8 + header_bytes
+        if header_bytes > MAX_HEADER_BYTES:  # as when the "length" is the beginning of some text
+            raise _foreign(path)
+        if data_start > file_bytes or file_bytes < 8:
+            raise _cut_short(path, data_start, file_bytes)
+        header = file.read(header_bytes)
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        tensors = {name: _stored_tensor(path, data_start, entry) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise _foreign(path) from None
+    end = max((tensor.offset + tensor.num_bytes for tensor in tensors.values()), default=data_start)
+    if end > file_bytes:
+        raise _cut_short(path, end, file_bytes)
+    return tensors
+
+
+def _stored_tensor(path: Path, data_start: int, entry: dict[str, Any]) -> StoredTensor:
+    """Raises one of ValueError, KeyError and TypeError if the entry makes no sense."""
+    dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+        raise ValueError("shape and data_offsets must be natural numbers")
+    if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise ValueError("data_offsets must span as many bytes as the shape needs")
+    return StoredTensor(path, dtype, shape, data_start + begin, end - begin)
+
+
+def _cut_short(path: Path, wanted_bytes: int, found_bytes: int) -> BrokenCheckpoint:
+    return BrokenCheckpoint(
+        f"{path} is cut short: it should have at least {wanted_bytes:,} bytes, but it has {found_bytes:,}; "
+        "download it again"
+    )
+
+
+def _foreign(path: Path) -> BrokenCheckpoint:
+    return BrokenCheckpoint(
+        f"{path} is not a safetensors file; download it again "
+        "(a small text file is a Git LFS pointer: `git lfs pull` fetches what it stands for)"
+    )

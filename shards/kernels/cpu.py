@@ -1,0 +1,255 @@
+"""The model's arithmetic on a CPU: a row's result never depends on the rows beside it.
+
+Contiguous CPU tensors; activations, cache and sums in fp32. Calls release the interpreter's lock, run on the
+threads of `set_threads`, and take turns when two Python threads make them at once.
+
+T tokens   N output features   K input features   D hidden   F intermediate   P positions
+X heads * head_dim (of qkv: (heads + 2 * kv_heads) * head_dim)   C chunks
+B blocks   G KV heads   H head_dim   S BLOCK_SIZE
+"""
+
+import ctypes
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shards.kernels.library import CSpans, library
+from shards.kv_cache import BLOCK_SIZE
+
+PANEL = 32  # columns of a panel, as in linear.cpp
+MAX_HEAD_DIM = 512  # as in attention.cpp
+NO_WINDOW = 1 << 40  # more than any position
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight matrix in the order in which `linear` reads it."""
+
+    data: Tensor  # bf16 [panels, K, 16, 2] or fp32 [panels, K, 32]
+    out_features: int
+    in_features: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Which tokens of a step belong to which chunk, and where their keys and values live."""
+
+    token_start_C1: Tensor  # int32; chunk c has the tokens token_start[c] .. token_start[c + 1] - 1
+    position_C: Tensor  # int32; of each chunk's first token
+    block_table_CB: Tensor  # int32; anything behind the blocks that the chunk needs
+
+    def __post_init__(self) -> None:
+        for name, tensor in (
+            ("token_start_C1", self.token_start_C1),
+            ("position_C", self.position_C),
+            ("block_table_CB", self.block_table_CB),
+        ):
+            _check(name, tensor, torch.int32)
+        num_chunks = self.position_C.numel()
+        assert self.token_start_C1.shape == (num_chunks + 1,), "one more than chunks"
+        assert self.block_table_CB.dim() == 2 and self.block_table_CB.size(0) == num_chunks
+        assert min(self._starts) == self._starts[0] == 0 and min(self.position_C.tolist(), default=0) >= 0
+
+    @property
+    def num_tokens(self) -> int:
+        return self._starts[-1]
+
+    @functools.cached_property
+    def end(self) -> int:
+        """One more than the last position of any chunk."""
+        num_tokens_C = [after - start for start, after in zip(self._starts, self._starts[1:], strict=False)]
+        positions = self.position_C.tolist()
+        return max((p + n for p, n in zip(positions, num_tokens_C, strict=True)), default=0)
+
+    @functools.cached_property
+    def _starts(self) -> list[int]:
+        return [int(start) for start in self.token_start_C1.tolist()]
+
+    @functools.cached_property
+    def c_struct(self) -> CSpans:
+        """The same for C; the pointers are good as long as this object lives."""
+        table = self.block_table_CB
+        return CSpans(
+            table.size(0),
+            table.size(1),
+            self.token_start_C1.data_ptr(),
+            self.position_C.data_ptr(),
+            table.data_ptr(),
+        )
+
+
+def set_threads(num_threads: int, spin_us: int) -> None:
+    """Let every later call use `num_threads` threads, of which the caller is one; 1 until the first call.
+
+    A thread without work spins for `spin_us` microseconds, then sleeps. Spin only on a core that nobody else
+    needs. Blocks until the old threads are gone.
+    """
+    if num_threads < 1 or spin_us < 0:
+        raise ValueError(
+            f"num_threads must be 1 or more and spin_us 0 or more, not {num_threads} and {spin_us}"
+        )
+    library().tw_set_threads(num_threads, spin_us)
+
+
+def pack(weight_NK: Tensor) -> PackedWeight:
+    """Copy a weight into panels of 32 columns, padded with zeros: bf16 and fp32 stay, fp16 becomes fp32."""
+    dtype = torch.bfloat16 if weight_NK.dtype == torch.bfloat16 else torch.float32
+    out_features, in_features = weight_NK.shape
+    panels = -(-out_features // PANEL)
+    padded = torch.zeros(panels * PANEL, in_features, dtype=dtype)
+    padded[:out_features] = weight_NK
+    # [panel, half, column, k]: in bf16 the two halves share a 32-bit word.
+    halves = padded.view(panels, 2, PANEL // 2, in_features)
+    if dtype == torch.bfloat16:
+        data = halves.permute(0, 3, 2, 1).contiguous()
+    else:
+        data = halves.permute(0, 3, 1, 2).reshape(panels, in_features, PANEL).contiguous()
+    return PackedWeight(data, out_features, in_features)
+
+
+def linear(x_TK: Tensor, weight: PackedWeight, out: Tensor | None = None) -> Tensor:
+    """Return x W^T as fp32 [T, N], in `out` if given; each element is one chain of fused multiply-adds over k.
+
+    T may be 0. Weights in bf16 are widened, which is exact; nothing is rounded but the sum.
+    """
+    _check("x_TK", x_TK, torch.float32, (x_TK.size(0), weight.in_features))
+    if out is None:
+        out = torch.empty(x_TK.size(0), weight.out_features)
+    _check("out", out, torch.float32, (x_TK.size(0), weight.out_features))
+    library().tw_linear(
+        x_TK.data_ptr(),
+        x_TK.size(0),
+        weight.data.data_ptr(),
+        weight.data.dtype == torch.bfloat16,
+        weight.out_features,
+        weight.in_features,
+        out.data_ptr(),
+    )
+    return out
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps) * weight, row by row."""
+    num_rows, dim = x_TD.shape
+    _check("x_TD", x_TD, torch.float32)
+    _check("weight_D", weight_D, torch.float32, (dim,))
+    y_TD = torch.empty_like(x_TD)
+    library().tw_rms_norm(x_TD.data_ptr(), weight_D.data_ptr(), num_rows, dim, eps, y_TD.data_ptr())
+    return y_TD
+
+
+def silu_mul(gate_up_TF2: Tensor) -> Tensor:
+    """Return silu(gate) * up [T, F], of rows that hold F gates and then F ups."""
+    num_rows, width = gate_up_TF2.shape
+    _check("gate_up_TF2", gate_up_TF2, torch.float32)
+    assert width % 2 == 0, f"gate_up_TF2 must have an even width, not {width}"
+    y_TF = torch.empty(num_rows, width // 2)
+    library().tw_silu_mul(gate_up_TF2.data_ptr(), num_rows, width // 2, y_TF.data_ptr())
+    return y_TF
+
+
+def rope_and_cache(
+    qkv_TX: Tensor,
+    spans: Spans,
+    cos_PH: Tensor,
+    sin_PH: Tensor,
+    keys_BGHS: Tensor,
+    values_BGSH: Tensor,
+    num_heads: int,
+) -> Tensor:
+    """Rotate queries and keys by position, write keys and values to the cache, return the queries [T, X].
+
+    Pairs are (i, i + head_dim / 2), as Hugging Face's rotate_half has them; `cos_PH` and `sin_PH` are
+    [positions, head_dim / 2]. Raises ValueError for a position or a block that is not there.
+    """
+    num_blocks, num_kv_heads, head_dim, _ = keys_BGHS.shape
+    _check_cache(keys_BGHS, values_BGSH, num_heads)
+    _check("qkv_TX", qkv_TX, torch.float32, (spans.num_tokens, (num_heads + 2 * num_kv_heads) * head_dim))
+    for name, table in (("cos_PH", cos_PH), ("sin_PH", sin_PH)):
+        _check(name, table, torch.float32, (cos_PH.size(0), head_dim // 2))
+    if spans.end > cos_PH.size(0):
+        raise ValueError(
+            f"position {spans.end - 1} is past the {cos_PH.size(0)} positions of cos_PH and sin_PH"
+        )
+    q_TX = torch.empty(spans.num_tokens, num_heads * head_dim)
+    bad_chunk = library().tw_rope_and_cache(
+        qkv_TX.data_ptr(),
+        ctypes.byref(spans.c_struct),
+        cos_PH.data_ptr(),
+        sin_PH.data_ptr(),
+        keys_BGHS.data_ptr(),
+        values_BGSH.data_ptr(),
+        num_blocks,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        q_TX.data_ptr(),
+    )
+    _check_blocks(bad_chunk, spans, num_blocks)
+    return q_TX
+
+
+def attention(
+    q_TX: Tensor,
+    spans: Spans,
+    keys_BGHS: Tensor,
+    values_BGSH: Tensor,
+    num_heads: int,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """Let every token attend to its sequence up to itself, or to the last `window` of those tokens.
+
+    Returns [T, X]. Query heads share KV heads in consecutive groups. Reads only keys and values that are
+    seen: the rest of a block may hold anything. Raises ValueError for a block that is not there.
+    """
+    num_blocks, num_kv_heads, head_dim, _ = keys_BGHS.shape
+    _check_cache(keys_BGHS, values_BGSH, num_heads)
+    _check("q_TX", q_TX, torch.float32, (spans.num_tokens, num_heads * head_dim))
+    if window is not None and window < 1:
+        raise ValueError(f"window must be 1 or more, or None, not {window}")
+    out_TX = torch.empty_like(q_TX)
+    bad_chunk = library().tw_attention(
+        q_TX.data_ptr(),
+        ctypes.byref(spans.c_struct),
+        keys_BGHS.data_ptr(),
+        values_BGSH.data_ptr(),
+        num_blocks,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        scale,
+        NO_WINDOW if window is None else window,
+        out_TX.data_ptr(),
+    )
+    _check_blocks(bad_chunk, spans, num_blocks)
+    return out_TX
+
+
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> None:
+    assert tensor.dtype == dtype, f"{name} must be {dtype}, not {tensor.dtype}"
+    assert tensor.is_contiguous() and tensor.is_cpu, f"{name} must be a contiguous CPU tensor"
+    assert shape is None or tensor.shape == shape, f"{name} must be {shape}, not {tuple(tensor.shape)}"
+
+
+def _check_cache(keys_BGHS: Tensor, values_BGSH: Tensor, num_heads: int) -> None:
+    num_blocks, num_kv_heads, head_dim, _ = keys_BGHS.shape
+    if head_dim % 16 or head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"head_dim must be a multiple of 16, at most {MAX_HEAD_DIM}, not {head_dim}")
+    _check("keys_BGHS", keys_BGHS, torch.float32, (num_blocks, num_kv_heads, head_dim, BLOCK_SIZE))
+    _check("values_BGSH", values_BGSH, torch.float32, (num_blocks, num_kv_heads, BLOCK_SIZE, head_dim))
+    assert num_heads % num_kv_heads == 0, f"{num_heads} heads cannot share {num_kv_heads} KV heads"
+
+
+def _check_blocks(bad_chunk: int, spans: Spans, num_blocks: int) -> None:
+    if bad_chunk >= 0:
+        raise ValueError(
+            f"the blocks of chunk {bad_chunk}, {spans.block_table_CB[bad_chunk].tolist()}, do not cover its "
+            f"positions with numbers from 0 to {num_blocks - 1}"
+        )

@@ -1,0 +1,43 @@
+"""How weights come from a checkpoint into the form that the kernels want."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from shards.checkpoint import Checkpoint, Shape
+from shards.kernels.cpu import PackedWeight, pack
+
+Progress = Callable[[int, int], None]  # bytes read, bytes to read
+
+
+class WeightReader:
+    """Reads one process's part of a checkpoint, tensor by tensor, and tells how far it is.
+
+    What was read is packed and dropped before the next is read, so loading needs little more memory than
+    the packed weights do.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, expected: Mapping[str, Shape], progress: Progress) -> None:
+        """Raises BrokenCheckpoint, before anything is read, if an `expected` tensor is missing or differs."""
+        checkpoint.verify(expected)
+        self._checkpoint = checkpoint
+        self._progress = progress
+        self._done_bytes = 0
+        self._total_bytes = sum(checkpoint.tensors[name].num_bytes for name in expected)
+
+    def tensor(self, name: str) -> Tensor:
+        """Read a tensor as it is on disk."""
+        tensor = self._checkpoint.tensor(name)
+        self._done_bytes += self._checkpoint.tensors[name].num_bytes
+        self._progress(self._done_bytes, self._total_bytes)
+        return tensor
+
+    def vector(self, name: str) -> Tensor:
+        """Read a norm's weight, as fp32."""
+        return self.tensor(name).float()
+
+    def packed(self, *names: str) -> PackedWeight:
+        """Read matrices of equal width, and pack them one below the other: one product serves them all."""
+        matrices = [self.tensor(name) for name in names]
+        return pack(matrices[0] if len(matrices) == 1 else torch.cat(matrices))

@@ -1,0 +1,20 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny_models import TinyModel, save_random_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyModel]:
+    """Return a maker of the models in MODELS, by name and dtype; each is made once."""
+    made: dict[tuple[str, torch.dtype], TinyModel] = {}
+
+    def make(name: str, dtype: torch.dtype = torch.float32) -> TinyModel:
+        if (name, dtype) not in made:
+            directory = tmp_path_factory.mktemp(name)
+            save_random_model(name, dtype, directory)
+            made[name, dtype] = TinyModel(directory)
+        return made[name, dtype]
+
+    return make
