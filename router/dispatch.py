@@ -92,7 +92,7 @@ class Dispatcher:
         """
         (num_tokens, top_k), hidden_size = expert_TK.shape, x_TD.size(1)
         expert_N = expert_TK.reshape(-1).numpy()
-        y_ND = torch.empty(num_tokens * top_k, hidden_size)
+        x_SD, y_ND = x_TD.numpy(), np.empty((num_tokens * top_k, hidden_size), np.float32)
         self._count(layer, expert_N)
 
         deadline: float | None = None
@@ -106,9 +106,9 @@ class Dispatcher:
                 deadline = deadline or time.monotonic() + self._deadline_s
                 self._await_replica(layer, int(expert_N[waiting_N[0]]), deadline)
                 continue
-            lost = self._exchange(self._batches(layer, x_TD.numpy(), top_k, waiting_N, place_S), y_ND.numpy())
+            lost = self._exchange(self._batches(layer, x_SD, top_k, waiting_N, place_S), y_ND)
             waiting_N = np.concatenate([batch.rows_S for batch in lost]) if lost else waiting_N[:0]
-        return y_ND.view(num_tokens, top_k, hidden_size)
+        return torch.from_numpy(y_ND).view(num_tokens, top_k, hidden_size)
 
     def take_load(self) -> NDArray[np.int64]:
         """Return how many rows each expert got since the last call, [layers, experts]; from any thread."""
@@ -139,8 +139,8 @@ class Dispatcher:
                 continue
             slot_S = place_S[mine] - first_place_G1[index]
             runs_R2 = np.array(list(Counter(slot_S.tolist()).items()), "<i4")  # in the order of `slot_S`
-            rows_SD = torch.from_numpy(x_TD[rows_S[mine] // top_k])
-            frame = frame_of(Kind.ROWS, rows_SD, sequence=self._sequence, layer=layer, meta=runs_R2.tobytes())
+            rows_SD = x_TD[rows_S[mine] // top_k]
+            frame = Frame(Kind.ROWS, self._sequence, layer, runs_R2.data, Dtype.FLOAT32, len(rows_SD), rows_SD.data)
             batches.append(_Batch(group, rows_S[mine], frame))
         return batches
 
@@ -209,4 +209,4 @@ def _receive(batch: _Batch, answer: Frame, y_ND: NDArray[np.float32]) -> None:
         raise LinkLost(
             f"protocol: {answer.num_rows} rows of {answer.dtype.name} in a {answer.kind.name} frame"
         )
-    y_ND[batch.rows_S] = rows_of(answer, y_ND.shape[1]).numpy()
+    y_ND[batch.rows_S] = np.frombuffer(answer.rows, np.float32).reshape(len(batch.rows_S), -1)

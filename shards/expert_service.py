@@ -83,7 +83,7 @@ class ExpertService:
         self._thread.start()
 
     def stop(self) -> None:
-        """Finish the step that runs, close every link, and wait for the thread; the listener stays open."""
+        """Finish the step that runs, close the listener and every link, and wait for the thread."""
         self._wake.close()
         self._thread.join()
 
@@ -94,6 +94,8 @@ class ExpertService:
             while self._step():
                 pass
         finally:
+            # Also if the loop broke: engines must find nobody here, rather than wait for nobody's answer.
+            self._listener.close()
             for link in self._links:
                 link.close()
             self._links.clear()

@@ -46,6 +46,7 @@ class Router:
         self._secret = secret
         self._changed = threading.Condition()
         self._placement = Placement(epoch=0, groups=())
+        self._last_epoch = 0  # the highest that any router of this model has published
         self._engines: dict[str, tuple[float, EngineReport]] = {}
         config = ModelConfig.from_checkpoint(Path(checkpoint))
         self._members: list[_Member] = []
@@ -57,8 +58,12 @@ class Router:
         threading.Thread(target=self._watch, name="watch-groups", daemon=True).start()
 
     def placement_after(self, epoch: int, timeout_s: float) -> Placement | None:
-        """Wait for a placement that is newer than `epoch`; None if none comes within `timeout_s`."""
+        """Wait for a placement that is newer than `epoch`; None if none comes within `timeout_s`.
+
+        Epochs outlive routers: a new one learns from its engines how far its predecessor has counted.
+        """
         with self._changed:
+            self._last_epoch = max(self._last_epoch, epoch)
             self._changed.wait_for(lambda: self._placement.epoch > epoch, timeout_s)
             return self._placement if self._placement.epoch > epoch else None
 
@@ -125,8 +130,10 @@ class Router:
         groups = tuple(member.group for member in self._members if member.group)
         if len(groups) < len(self._members) and self._placement.epoch == 0:
             return  # nothing can be served before every expert is there
-        if groups != self._placement.groups or self._placement.epoch == 0:
-            with self._changed:
-                self._placement = Placement(self._placement.epoch + 1, groups)
-                self._changed.notify_all()
-            logger.info("epoch %s: %s groups", self._placement.epoch, len(groups))
+        with self._changed:
+            if groups == self._placement.groups and self._placement.epoch >= max(self._last_epoch, 1):
+                return
+            self._last_epoch += 1
+            self._placement = Placement(self._last_epoch, groups)
+            self._changed.notify_all()
+        logger.info("epoch %s: %s groups", self._placement.epoch, len(groups))

@@ -147,9 +147,9 @@ class Listener:
                 self._accepted.append(link)
             self._announce.send(b"+")
         except OSError as error:  # LinkLost is one
-            sock.close()
             if not self._closing.is_set():
                 _log.warning("listener %r refused a connection: %s", self._name, error)
+            sock.close()
         finally:
             with self._lock:
                 self._greeting.discard(sock)

@@ -1,7 +1,7 @@
 // Causal attention over the paged cache, one online softmax per query row.
 //
 // A row folds its keys 64 positions at a time, counted from position 0 of its sequence. Inside a fold
-// the score of a key is one chain over the head's dimensions, and an output one chain over the span's keys.
+// the score of a key is one chain over the head's dimensions, and an output one chain over the fold's keys.
 // None of it depends on which rows share the tile, where the chunk began or which blocks hold the keys.
 #include <algorithm>
 #include <array>
@@ -18,7 +18,7 @@ constexpr int kFold = 64;  // positions folded at once
 constexpr int kFoldBlocks = kFold / kBlockSize;
 constexpr int kTileRows = kRegisters == 32 ? 6 : 4;
 constexpr int kTileVectors = kRegisters == 32 ? 4 : 2;
-constexpr int kTaskRows = 8 * kTileRows;  // share a span while it is in cache
+constexpr int kTaskRows = 16 * kTileRows;  // share the keys and values of a fold while they are in cache
 constexpr int kMaxDim = 512;
 
 struct Problem {
@@ -39,7 +39,7 @@ struct Task {
     int64_t first_row, num_rows;
 };
 
-// The positions of a span that a row sees: [begin, end), counted from the span's start.
+// The positions of a fold that a row sees: [begin, end), counted from the fold's start.
 struct Range {
     int64_t begin, end;
     bool is_empty() const { return begin >= end; }
@@ -63,7 +63,7 @@ inline void score_tile(const float* q, int64_t dim, const float* const* keys, fl
         for (int v = 0; v < Vectors; v++) store(scores + r * kFold + v * kLanes, sums[r][v]);
 }
 
-// Score the span's vectors [begin, end) of keys for some rows.
+// Score the fold's vectors [begin, end) of keys for some rows.
 template <int Rows>
 void score_rows(const float* q, int64_t dim, const float* const* key_blocks, int begin, int end, float* scores) {
     auto run = [&](auto count, int first) {
@@ -101,7 +101,7 @@ inline void add_tile(const float* weights, const float* const* value_blocks, int
         for (int v = 0; v < Vectors; v++) store(sums + r * dim + d + v * kLanes, sum[r][v]);
 }
 
-// Add the weighted values of the span's keys in `range` to the sums of some rows.
+// Add the weighted values of the fold's keys in `range` to the sums of some rows.
 template <int Rows>
 void add_rows(const float* weights, const float* const* value_blocks, int64_t dim, Range range, float* sums) {
     if (range.is_empty()) return;
@@ -111,7 +111,7 @@ void add_rows(const float* weights, const float* const* value_blocks, int64_t di
     for (; d < dim; d += kLanes) add_tile<Rows, 1>(weights, value_blocks, dim, range, d, sums);
 }
 
-// The state of a row's softmax between spans.
+// The state of a row's softmax between folds.
 struct Softmax {
     float max = -std::numeric_limits<float>::infinity();
     Floats total = {};
@@ -145,9 +145,9 @@ struct Softmax {
     }
 };
 
-// Fold one span into some rows.
+// Fold 64 positions into some rows.
 template <int Rows>
-void fold_span(const Problem& p, const float* q, const float* const* key_blocks, const float* const* value_blocks,
+void fold_rows(const Problem& p, const float* q, const float* const* key_blocks, const float* const* value_blocks,
                const Range* ranges, Softmax* softmax, float* sums) {
     alignas(64) float weights[Rows * kFold];
     Range seen{kFold, 0}, shared{0, kFold};  // by any row; by all
@@ -171,11 +171,11 @@ void fold_span(const Problem& p, const float* q, const float* const* key_blocks,
     for (int r = 0; r < Rows; r++) add_alone(r, {shared.end, ranges[r].end});
 }
 
-using FoldSpan = decltype(&fold_span<1>);
+using FoldRows = decltype(&fold_rows<1>);
 
 template <size_t... Rows>
-constexpr std::array<FoldSpan, sizeof...(Rows)> by_rows(std::index_sequence<Rows...>) {
-    return {fold_span<Rows + 1>...};
+constexpr std::array<FoldRows, sizeof...(Rows)> by_rows(std::index_sequence<Rows...>) {
+    return {fold_rows<Rows + 1>...};
 }
 constexpr auto kByRows = by_rows(std::make_index_sequence<kTileRows>{});
 

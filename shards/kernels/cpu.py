@@ -45,16 +45,13 @@ class Spans:
     block_table_CB: Tensor  # int32; anything behind the blocks that the chunk needs
 
     def __post_init__(self) -> None:
-        for name, tensor in (
-            ("token_start_C1", self.token_start_C1),
-            ("position_C", self.position_C),
-            ("block_table_CB", self.block_table_CB),
-        ):
-            _check(name, tensor, torch.int32)
         num_chunks = self.position_C.numel()
-        assert self.token_start_C1.shape == (num_chunks + 1,), "one more than chunks"
-        assert self.block_table_CB.dim() == 2 and self.block_table_CB.size(0) == num_chunks
-        assert min(self._starts) == self._starts[0] == 0 and min(self.position_C.tolist(), default=0) >= 0
+        _check("token_start_C1", self.token_start_C1, torch.int32, (num_chunks + 1,))
+        _check("position_C", self.position_C, torch.int32, (num_chunks,))
+        _check("block_table_CB", self.block_table_CB, torch.int32, (num_chunks, self.block_table_CB.size(-1)))
+        assert self._starts == sorted(self._starts), f"token_start_C1 must rise, not {self._starts}"
+        assert self._starts[0] == 0, f"token_start_C1 must begin with 0, not {self._starts[0]}"
+        assert (self.position_C >= 0).all(), f"position_C must be 0 or more, not {self.position_C.tolist()}"
 
     @property
     def num_tokens(self) -> int:
@@ -114,9 +111,10 @@ def pack(weight_NK: Tensor) -> PackedWeight:
 
 
 def linear(x_TK: Tensor, weight: PackedWeight, out: Tensor | None = None) -> Tensor:
-    """Return x W^T as fp32 [T, N], in `out` if given; each element is one chain of fused multiply-adds over k.
+    """Return x W^T as fp32 [T, N], in `out` if given; T may be 0.
 
-    T may be 0. Weights in bf16 are widened, which is exact; nothing is rounded but the sum.
+    Each element is one chain of fused multiply-adds over k in order. Weights in bf16 are widened, which is
+    exact: nothing is rounded but the sum.
     """
     _check("x_TK", x_TK, torch.float32, (x_TK.size(0), weight.in_features))
     if out is None:
@@ -234,7 +232,8 @@ def attention(
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> None:
     assert tensor.dtype == dtype, f"{name} must be {dtype}, not {tensor.dtype}"
-    assert tensor.is_contiguous() and tensor.is_cpu, f"{name} must be a contiguous CPU tensor"
+    assert tensor.is_cpu, f"{name} must be on the CPU"
+    assert tensor.is_contiguous(), f"{name} must be contiguous"
     assert shape is None or tensor.shape == shape, f"{name} must be {shape}, not {tuple(tensor.shape)}"
 
 

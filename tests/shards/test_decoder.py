@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import MODELS, chunks_of, run_alone
+from tests.shards.tiny_models import MODELS, chunks_of, run_alone
 
 from shards.step import Chunk, StepBatch
 

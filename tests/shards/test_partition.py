@@ -1,7 +1,7 @@
 """Each tensor of a checkpoint belongs to exactly one process."""
 
 import pytest
-from tiny_models import MODELS
+from tests.shards.tiny_models import MODELS
 
 from shards.partition import all_experts, all_tensors, engine_tensors, expert_tensors
 

@@ -219,6 +219,7 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_p
     params = SamplingParams(temperature=0.0, repetition_penalty=2.0)
     assert sample(np.array([4, 3, 1], np.float32), params, [0, 0, 0], []).token_id == 1
     assert sample(np.array([4, 3, 1], np.float32), params, [0], [1]).token_id == 0
+    assert sample(np.array([0.5, 0.4, 0.0], np.float32), params, [0], []).token_id == 1
     assert sample(np.array([-1, -1.5, -9], np.float32), params, [0], []).token_id == 1
 
 

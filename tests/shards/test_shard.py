@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import MODELS, chunks_of, run_alone
+from tests.shards.tiny_models import MODELS, chunks_of, run_alone
 
 from shards.checkpoint import BrokenCheckpoint, Checkpoint
 from shards.expert_store import ExpertStore, LocalExperts

@@ -67,7 +67,7 @@ def test_decoding_and_reading_a_prompt_share_a_step_and_the_older_goes_first():
 
 
 def test_requests_are_admitted_in_the_order_of_arrival():
-    scheduler = make_scheduler(num_blocks=6, max_step_tokens=200)
+    scheduler = make_scheduler(num_blocks=6, max_step_tokens=200, prefix_caching=False)
     submit(scheduler, "a", 40, max_tokens=8)
     submit(scheduler, "b", 60, max_tokens=8)  # no room beside a
     submit(scheduler, "c", 4, max_tokens=8)  # would fit, but it is not c's turn
@@ -99,9 +99,16 @@ def test_the_youngest_is_preempted_and_waits_in_front():
 
 
 def test_nobody_is_admitted_in_a_step_that_was_short_of_memory():
-    scheduler, _ = fill_memory()
-    submit(scheduler, "d", 1)
-    assert "d" not in step(scheduler)
+    scheduler = make_scheduler(num_blocks=5, max_step_tokens=20, prefix_caching=False)
+    submit(scheduler, "a", 30)
+    submit(scheduler, "b", 32, max_tokens=40)
+    for _ in range(4):
+        assert scheduler.num_preemptions == 0
+        step(scheduler)
+    # Both go on with their 33rd token, and one block is free. What b then gives back would do for its
+    # first 19 tokens, which would be given back at once in the next step.
+    assert step(scheduler) == {"a": 1}
+    assert scheduler.num_preemptions == 1
 
 
 def test_a_preempted_request_finds_its_own_blocks_again():

@@ -11,7 +11,9 @@ def test_an_address_comes_back_from_its_text(tcp_host: str):
     assert Address.parse(str(address)) == address
 
 
-@pytest.mark.parametrize("text", ["", "host", "id@host/path", "id@host:x/path", "id@host:70000/path", "@h:1/p"])
+@pytest.mark.parametrize(
+    "text", ["", "host", "id@host/path", "id@host:x/path", "id@host:70000/path", "@h:1/p"]
+)
 def test_other_text_is_refused_by_name(text: str):
     with pytest.raises(ValueError, match="is not of the form"):
         Address.parse(text)

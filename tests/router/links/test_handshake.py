@@ -99,10 +99,8 @@ def test_a_listener_refuses_a_proof_that_another_listener_made(ends):
 
 
 def test_a_recorded_transcript_opens_no_second_link(ends):
-    recorded = b""
-    with socket.socketpair()[0] as _:
-        left, middle_left = socket.socketpair()
-        middle_right, right = socket.socketpair()
+    left, middle_left = socket.socketpair()
+    middle_right, right = socket.socketpair()
     with left, middle_left, middle_right, right:
         listener = Background(greet_as_listener, left, SECRET, "group 0")
         connector = Background(greet_as_connector, right, SECRET, "engine")
@@ -130,13 +128,16 @@ def test_a_truncated_handshake_is_refused(ends, greet, num_bytes: int):
 
 @pytest.mark.parametrize("greet", [greet_as_listener, greet_as_connector])
 def test_a_silent_peer_is_refused_at_the_deadline(ends, greet):
-    with pytest.raises(LinkLost, match="timed out|too long"):
+    with pytest.raises(LinkLost, match=r"timed out|too long"):
         greet(ends[0], SECRET, "me", 0.05)
 
 
 @pytest.mark.parametrize(
     ("data", "reason"),
-    [(b"GET / HTTP/1.1\r\n" + bytes(40), "not a Tradewind process"), (b"TWHS\x09\x00" + bytes(40), "version 9")],
+    [
+        (b"GET / HTTP/1.1\r\n" + bytes(40), "not a Tradewind process"),
+        (b"TWHS\x09\x00" + bytes(40), "version 9"),
+    ],
 )
 def test_a_peer_of_another_protocol_or_version_is_refused(ends, data: bytes, reason: str):
     ends[1].sendall(data)
@@ -146,5 +147,5 @@ def test_a_peer_of_another_protocol_or_version_is_refused(ends, data: bytes, rea
 
 @pytest.mark.parametrize(("secret", "name"), [(b"", "me"), (SECRET, ""), (SECRET, "é" * 128)])
 def test_an_empty_secret_or_an_unfit_name_is_a_users_mistake(secret: bytes, name: str):
-    with pytest.raises(ValueError, match="secret|name"):
+    with pytest.raises(ValueError, match=r"secret|name"):
         check_identity(secret, name)

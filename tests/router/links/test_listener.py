@@ -1,6 +1,7 @@
 """Listening and connecting, with the strangers that come along."""
 
 import dataclasses
+import os
 import select
 import socket
 import threading
@@ -30,7 +31,8 @@ def elsewhere(address: Address) -> Address:
 
 
 def family(link: StreamLink) -> socket.AddressFamily:
-    return socket.socket(fileno=socket.dup(link.fileno())).family
+    with socket.socket(fileno=os.dup(link.fileno())) as sock:
+        return sock.family
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,16 @@ def links(request: pytest.FixtureRequest) -> Iterator[tuple[StreamLink, StreamLi
     right.close()
 
 
+@pytest.fixture(params=[unix_pair, tcp_pair])
+def raw_and_link(request: pytest.FixtureRequest) -> Iterator[tuple[socket.socket, StreamLink]]:
+    """A link and, at its other end, a socket to misbehave with."""
+    raw, sock = request.param()
+    link = StreamLink(sock, "peer")
+    with raw:
+        yield raw, link
+    link.close()
+
+
 def rows_frame(data: bytes, num_rows: int = 1, sequence: int = 0) -> Frame:
     return Frame(Kind.ROWS, sequence, 3, b"meta", Dtype.FLOAT32, num_rows, memoryview(data))
 
@@ -125,12 +135,12 @@ def test_the_end_of_the_peer_is_seen_at_once(links):
     assert time.monotonic() - began < 1
 
 
-def test_the_end_of_the_peer_in_the_middle_of_a_frame_is_a_loss(links):
-    data = b"".join(encode(rows_frame(bytes(400))))
-    links[0]._sock.send(data[:-1])
-    links[0].close()
+def test_the_end_of_the_peer_in_the_middle_of_a_frame_is_a_loss(raw_and_link):
+    raw, link = raw_and_link
+    raw.sendall(b"".join(encode(rows_frame(bytes(400))))[:-1])
+    raw.close()
     with pytest.raises(LinkLost):
-        links[1].receive(5)
+        link.receive(5)
 
 
 def test_sending_to_a_peer_that_is_gone_is_a_loss(links):
@@ -151,20 +161,21 @@ def test_a_receive_that_takes_too_long_is_a_loss_and_closes_the_link(links):
         links[0].receive(5)
 
 
-def test_a_trickle_of_bytes_does_not_stretch_the_timeout(links):
-    data = memoryview(b"".join(encode(rows_frame(bytes(4_000)))))
+def test_a_trickle_of_bytes_does_not_stretch_the_timeout(raw_and_link):
+    raw, link = raw_and_link
+    data = b"".join(encode(rows_frame(bytes(4_000))))
     done = threading.Event()
 
     def trickle() -> None:
-        position = 0
-        while position < len(data) and not done.wait(0.01):
-            links[0]._sock.send(data[position : position + 1])
-            position += 1
+        for byte in data:
+            if done.wait(0.01):
+                return
+            raw.send(bytes([byte]))
 
     thread = threading.Thread(target=trickle)
     thread.start()
     with pytest.raises(LinkLost, match="too long"):
-        links[1].receive(0.1)
+        link.receive(0.1)
     done.set()
     thread.join(5)
 
@@ -194,12 +205,12 @@ def test_closing_wakes_a_thread_of_ours_that_waits(links):
     assert len(reasons) == 1
 
 
-def test_an_announced_ten_gigabytes_are_refused_without_allocating_them(links):
-    header = struct.pack("<4sHBB5I", b"TWND", 1, 1, 1, 0, 0, 2_500_000, 4096, 0)
-    links[0]._sock.send(header)
+def test_an_announced_ten_gigabytes_are_refused_without_allocating_them(raw_and_link):
+    raw, link = raw_and_link
+    raw.sendall(struct.pack("<4sHBB5I", b"TWND", 1, 1, 1, 0, 0, 2_500_000, 4096, 0))
     before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(LinkLost, match="takes at most"):
-        links[1].receive(5)
+        link.receive(5)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 10_000
 
 

@@ -29,7 +29,9 @@ def decoded(data: bytes) -> Frame:
 
 
 def header_of(num_rows: int, row_bytes: int, meta_bytes: int) -> bytes:
-    return struct.pack("<4sHBB5I", b"TWND", 1, Kind.ROWS, Dtype.FLOAT32, 0, 0, num_rows, row_bytes, meta_bytes)
+    return struct.pack(
+        "<4sHBB5I", b"TWND", 1, Kind.ROWS, Dtype.FLOAT32, 0, 0, num_rows, row_bytes, meta_bytes
+    )
 
 
 @given(frames())

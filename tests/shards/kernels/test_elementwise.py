@@ -4,6 +4,12 @@ import torch
 from shards.kernels import cpu
 
 
+@pytest.fixture(autouse=True)
+def _one_thread_afterwards():
+    yield
+    cpu.set_threads(1, 0)
+
+
 def random_rows(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
 
@@ -40,7 +46,6 @@ def test_norm_and_activation_of_a_row_do_not_depend_on_the_rows_beside_it(num_th
     cpu.set_threads(num_threads, 20)
     assert torch.equal(cpu.rms_norm(x, weight, 1e-6), norm)
     assert torch.equal(cpu.silu_mul(x), activation)
-    cpu.set_threads(1, 0)
 
 
 def test_no_rows_give_no_rows():

@@ -1,0 +1,113 @@
+"""Expert groups in this process: real listeners, links and loops around one-line experts."""
+
+import threading
+from collections.abc import Callable, Sequence
+from multiprocessing import Queue
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from router.dispatch import Dispatcher, Placements
+from router.links.address import Address
+from router.links.base import Link
+from router.links.listener import Listener
+from router.links.pool import LinkPool
+from router.links.stream import connect
+from router.placement import Group, Placement, even
+from shards.expert_service import ExpertService
+
+SECRET = b"one cluster's secret"
+NUM_LAYERS, NUM_EXPERTS, HIDDEN_SIZE = 3, 8, 16
+
+
+def expert_formula(layer: int, expert: int, x_ND: Tensor) -> Tensor:
+    return x_ND * (expert + 1) + layer * 0.1
+
+
+def reference(layer: int, x_TD: Tensor, expert_TK: Tensor) -> Tensor:
+    """Run each row alone."""
+    rows = [expert_formula(layer, int(e), x_TD[t]) for t, row in enumerate(expert_TK) for e in row]
+    return torch.stack(rows).view(*expert_TK.shape, -1)
+
+
+class FormulaStore:
+    """Experts that compute `expert_formula`; `before_run` may wait, or raise SystemExit to die there."""
+
+    def __init__(self, slots: Sequence[tuple[int, int]], before_run: Callable[[], None]) -> None:
+        self._slots = slots
+        self._before_run = before_run
+
+    def run(self, slot: int, x_ND: Tensor, out_ND: Tensor) -> None:
+        self._before_run()
+        out_ND.copy_(expert_formula(*self._slots[slot], x_ND))
+
+
+class ServedGroup:
+    """One group that serves from a thread of this process."""
+
+    def __init__(
+        self,
+        name: str,
+        slots: Sequence[tuple[int, int]],
+        directory: Path,
+        hidden_size: int = HIDDEN_SIZE,
+        before_run: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.listener = Listener(SECRET, name, directory, "127.0.0.1")
+        self.service = ExpertService(FormulaStore(slots, before_run), self.listener, slots, hidden_size)
+        self.service.start()
+        self.group = Group(name, str(self.listener.address), tuple(slots))
+
+    def kill(self) -> None:
+        self.service.stop()
+
+
+class PushedPlacements:
+    """The dispatcher's `Placements`, with `push` for the router's side."""
+
+    def __init__(self, *groups: Group) -> None:
+        self._changed = threading.Condition()
+        self._newest = Placement(1, groups)
+        self.someone_waits = threading.Event()
+
+    def current(self) -> Placement:
+        return self._newest
+
+    def push(self, *groups: Group) -> None:
+        with self._changed:
+            self._newest = Placement(self._newest.epoch + 1, groups)
+            self._changed.notify_all()
+
+    def wait_newer(self, epoch: int, timeout_s: float) -> Placement:
+        with self._changed:
+            self.someone_waits.set()
+            self._changed.wait_for(lambda: self._newest.epoch > epoch, timeout_s)
+            return self._newest
+
+
+def open_link(address: str) -> Link:
+    return connect(Address.parse(address), SECRET, "engine")
+
+
+def dispatcher_of(
+    placements: Placements, connect: Callable[[str], Link] = open_link, **knobs: float
+) -> Dispatcher:
+    return Dispatcher(placements, LinkPool(connect), NUM_LAYERS, NUM_EXPERTS, **knobs)
+
+
+def some_rows(
+    num_tokens: int, seed: int, top_k: int = 2, hidden_size: int = HIDDEN_SIZE
+) -> tuple[Tensor, Tensor]:
+    """Return x_TD and expert_TK, of different experts per token."""
+    generator = torch.Generator().manual_seed(seed)
+    x_TD = torch.randn(num_tokens, hidden_size, generator=generator)
+    expert_TK = torch.rand(num_tokens, NUM_EXPERTS, generator=generator).topk(top_k).indices
+    return x_TD, expert_TK
+
+
+def serve_until_killed(name: str, directory: Path, groups: "Queue[Group]") -> None:
+    """Serve all experts, for a process of its own."""
+    torch.set_num_threads(1)
+    groups.put(ServedGroup(name, even(NUM_LAYERS, NUM_EXPERTS, 1)[0], directory).group)
+    threading.Event().wait()

@@ -1,0 +1,306 @@
+"""Rows to their experts and back, over real links to real loops, against running each row alone."""
+
+import multiprocessing
+import signal
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from served_experts import (
+    HIDDEN_SIZE,
+    NUM_EXPERTS,
+    NUM_LAYERS,
+    PushedPlacements,
+    dispatcher_of,
+    open_link,
+    reference,
+    serve_until_killed,
+    some_rows,
+)
+
+from router.dispatch import Dispatcher, ExpertUnavailable
+from router.links.base import Frame, Kind, Link, LinkLost
+from router.links.rows import frame_of
+from router.placement import Group, even
+
+DEATHS = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+ALL = even(NUM_LAYERS, NUM_EXPERTS, 1)[0]
+
+
+def check(dispatch: Dispatcher, seed: int, num_tokens: int = 5) -> None:
+    """Run every layer and compare bitwise."""
+    for layer in range(NUM_LAYERS):
+        x_TD, expert_TK = some_rows(num_tokens, seed)
+        assert torch.equal(dispatch(layer, x_TD, expert_TK), reference(layer, x_TD, expert_TK))
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 4])
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 300])
+def test_every_row_comes_back_from_its_expert(serve, num_groups: int, num_tokens: int):
+    slots_of_group = even(NUM_LAYERS, NUM_EXPERTS, num_groups)
+    groups = [serve(f"g{i}", slots).group for i, slots in enumerate(slots_of_group)]
+    dispatch = dispatcher_of(PushedPlacements(*groups))
+    check(dispatch, seed=num_tokens, num_tokens=num_tokens)
+
+
+def test_no_tokens_make_no_rows(serve):
+    dispatch = dispatcher_of(PushedPlacements(serve("g", ALL).group))
+    y_TKD = dispatch(0, torch.empty(0, HIDDEN_SIZE), torch.empty(0, 2, dtype=torch.int64))
+    assert y_TKD.shape == (0, 2, HIDDEN_SIZE)
+
+
+def test_replicas_give_the_same_answer_and_share_the_rows(serve):
+    served = [serve(f"g{i}", ALL) for i in range(3)]
+    check(dispatcher_of(PushedPlacements(*(each.group for each in served))), seed=0, num_tokens=90)
+    rows = [sum(each.service.rows_per_slot) for each in served]
+    assert sum(rows) == NUM_LAYERS * 90 * 2
+    assert max(rows) - min(rows) < 20
+
+
+def dies_in_run(number: int):
+    """Return a `before_run` that ends the group's loop in the middle of a question, as a kill would."""
+    runs = 0
+
+    def before_run() -> None:
+        nonlocal runs
+        runs += 1
+        if runs == number:
+            raise SystemExit
+
+    return before_run
+
+
+@DEATHS
+@pytest.mark.parametrize("number", range(1, 12))
+def test_rows_of_a_group_that_dies_in_a_question_come_from_the_replicas(serve, number: int):
+    groups = [serve("dying", ALL, before_run=dies_in_run(number)).group, serve("other", ALL).group]
+    dispatch = dispatcher_of(PushedPlacements(*groups))
+    check(dispatch, seed=number)
+    check(dispatch, seed=number + 1)
+
+
+def test_rows_go_round_a_group_that_was_dead_before_the_first_question(serve):
+    dead = serve("dead", ALL)
+    dispatch = dispatcher_of(PushedPlacements(dead.group, serve("other", ALL).group))
+    dead.kill()
+    check(dispatch, seed=0)
+
+
+@DEATHS
+def test_a_lost_group_is_not_asked_again_under_the_same_placement(serve):
+    """It is gone or ailing; only the router knows which, and says so by a newer placement."""
+    dying, other = serve("dying", ALL, before_run=dies_in_run(1)), serve("other", ALL)
+    connected: list[str] = []
+
+    def connect(address: str) -> Link:
+        connected.append(address)
+        return open_link(address)
+
+    dispatch = dispatcher_of(PushedPlacements(dying.group, other.group), connect)
+    check(dispatch, seed=0)
+    check(dispatch, seed=1)
+    assert connected == [dying.group.address, other.group.address]
+
+
+def test_a_group_that_does_not_answer_in_time_is_lost(serve):
+    never = threading.Event()
+    stuck = serve("stuck", ALL, before_run=lambda: never.wait(20))
+    dispatch = dispatcher_of(PushedPlacements(stuck.group, serve("other", ALL).group), reply_timeout_s=0.1)
+    check(dispatch, seed=0)
+    never.set()
+
+
+@DEATHS
+def test_without_a_replica_rows_wait_for_the_placement_that_restores_the_expert(serve):
+    left, right = even(NUM_LAYERS, NUM_EXPERTS, 2)
+    stays = serve("stays", left)
+    dying = serve("dying", right, before_run=dies_in_run(2))
+    placements = PushedPlacements(stays.group, dying.group)
+
+    def restore() -> None:
+        placements.someone_waits.wait(10)
+        placements.push(stays.group, serve("restored", right).group)
+
+    router = threading.Thread(target=restore)
+    router.start()
+    check(dispatcher_of(placements), seed=0)
+    router.join(10)
+
+
+def test_an_expert_that_nobody_restores_is_unavailable_after_the_deadline(serve):
+    slots = [slot for slot in ALL if slot != (1, 3)]
+    dispatch = dispatcher_of(PushedPlacements(serve("g", slots).group), deadline_s=0.05)
+    with pytest.raises(ExpertUnavailable, match="expert 3 of layer 1 has no live replica") as caught:
+        dispatch(1, torch.zeros(1, HIDDEN_SIZE), torch.tensor([[2, 3]]))
+    assert (caught.value.layer, caught.value.expert) == (1, 3)
+
+
+def test_an_unavailable_expert_does_not_spoil_the_next_call(serve):
+    slots = [slot for slot in ALL if slot != (1, 3)]
+    dispatch = dispatcher_of(PushedPlacements(serve("g", slots).group), deadline_s=0)
+    x_TD = torch.ones(1, HIDDEN_SIZE)
+    with pytest.raises(ExpertUnavailable):
+        dispatch(1, x_TD, torch.tensor([[2, 3]]))
+    assert torch.equal(dispatch(1, x_TD, torch.tensor([[2, 4]])), reference(1, x_TD, torch.tensor([[2, 4]])))
+
+
+def test_a_group_lost_by_a_broken_link_alone_is_found_again_without_a_newer_placement(serve):
+    opened: list[Link] = []
+
+    def connect(address: str) -> Link:
+        opened.append(open_link(address))
+        return opened[-1]
+
+    dispatch = dispatcher_of(PushedPlacements(serve("only", ALL).group), connect)
+    check(dispatch, seed=0)
+    opened[0].close()
+    check(dispatch, seed=1)
+    assert len(opened) == 2
+
+
+def test_a_newer_placement_is_followed_and_links_it_does_not_need_are_closed(serve):
+    old, new = serve("old", ALL), serve("new", ALL)
+    placements = PushedPlacements(old.group)
+    opened: dict[str, Link] = {}
+
+    def connect(address: str) -> Link:
+        opened[address] = open_link(address)
+        return opened[address]
+
+    dispatch = dispatcher_of(placements, connect)
+    check(dispatch, seed=0)
+    placements.push(new.group)
+    check(dispatch, seed=1)
+    assert sum(old.service.rows_per_slot) == sum(new.service.rows_per_slot) == NUM_LAYERS * 10
+    assert opened[old.group.address].fileno() == -1
+
+
+def test_a_groups_error_is_raised_with_its_name_and_leaves_no_answer_behind(serve):
+    failing = True
+
+    def fail_once() -> None:
+        nonlocal failing
+        if failing:
+            failing = False
+            raise OverflowError("no room")
+
+    left, right = even(NUM_LAYERS, NUM_EXPERTS, 2)
+    groups = [serve("bad", left, before_run=fail_once).group, serve("good", right).group]
+    dispatch = dispatcher_of(PushedPlacements(*groups))
+    with pytest.raises(RuntimeError, match=r"expert group 'bad' reports: slot .* failed: .*no room"):
+        check(dispatch, seed=0)
+    check(dispatch, seed=1)
+
+
+class AnswersLate:
+    """A link whose peer first sends the answer to an older question."""
+
+    peer = "late"
+
+    def send(self, frame: Frame) -> None:
+        self._question = frame
+
+    def receive(self, timeout_s: float | None = None) -> Frame:
+        rows_ND = torch.zeros(self._question.num_rows, HIDDEN_SIZE)
+        return frame_of(Kind.RESULTS, rows_ND, sequence=self._question.sequence - 1)
+
+    def fileno(self) -> int:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_the_answer_to_an_older_question_is_never_taken():
+    link = AnswersLate()
+    placements = PushedPlacements(Group("late", "address", ALL))
+    dispatch = dispatcher_of(placements, lambda address: link, deadline_s=0)
+    with pytest.raises(ExpertUnavailable):
+        dispatch(0, torch.zeros(1, HIDDEN_SIZE), torch.tensor([[0, 1]]))
+    assert link.is_closed
+
+
+def test_a_group_that_refuses_links_counts_as_lost():
+    def refuse(address: str):
+        raise LinkLost("nobody there")
+
+    placements = PushedPlacements(Group("gone", "address", ALL))
+    dispatch = dispatcher_of(placements, refuse, deadline_s=0.01)
+    with pytest.raises(ExpertUnavailable):
+        dispatch(0, torch.zeros(1, HIDDEN_SIZE), torch.tensor([[0, 1]]))
+
+
+@DEATHS
+def test_two_engines_share_groups_while_one_of_these_dies(serve):
+    left, right = even(NUM_LAYERS, NUM_EXPERTS, 2)
+    groups = [
+        serve("left", left).group,
+        serve("right", right).group,
+        serve("dying", ALL, before_run=dies_in_run(100)).group,
+    ]
+    failures: list[BaseException] = []
+
+    def engine(num_tokens: int) -> None:
+        try:
+            dispatch = dispatcher_of(PushedPlacements(*groups))
+            for seed in range(30):
+                check(dispatch, seed, num_tokens)
+        except BaseException as error:
+            failures.append(error)
+
+    engines = [threading.Thread(target=engine, args=(num_tokens,)) for num_tokens in (3, 8)]
+    for thread in engines:
+        thread.start()
+    for thread in engines:
+        thread.join(30)
+    assert failures == []
+
+
+def test_nothing_is_lost_when_a_groups_process_is_killed_under_load(serve, tmp_path: Path):
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=serve_until_killed, args=("killed", tmp_path, queue), daemon=True)
+    process.start()
+    dispatch = dispatcher_of(PushedPlacements(queue.get(timeout=60), serve("other", ALL).group))
+    killer = threading.Thread(target=process.kill)
+    for seed in range(100):
+        check(dispatch, seed)
+        if seed == 20:
+            killer.start()
+    process.join(10)
+    assert process.exitcode == -signal.SIGKILL
+    check(dispatch, seed=100)
+
+
+@pytest.mark.timeout(60)
+def test_large_frames_of_several_engines_to_all_groups_do_not_deadlock(serve):
+    """Each message and each answer is many times what the sockets buffer, in both directions at once."""
+    hidden_size, num_tokens = 4096, 256
+    slots_of_group = even(NUM_LAYERS, NUM_EXPERTS, 2)
+    groups = [serve(f"g{i}", slots, hidden_size=hidden_size).group for i, slots in enumerate(slots_of_group)]
+    matches: list[bool] = []
+
+    def engine(number: int) -> None:
+        # Some engines know the groups in the other order, as after different histories.
+        dispatch = dispatcher_of(PushedPlacements(*groups[:: 1 if number % 2 else -1]), reply_timeout_s=20)
+        x_TD, expert_TK = some_rows(num_tokens, number, hidden_size=hidden_size)
+        expected = reference(0, x_TD, expert_TK)
+        matches.extend(torch.equal(dispatch(0, x_TD, expert_TK), expected) for _ in range(4))
+
+    engines = [threading.Thread(target=engine, args=(number,)) for number in range(4)]
+    for thread in engines:
+        thread.start()
+    for thread in engines:
+        thread.join(50)
+    assert matches == [True] * 16
+
+
+def test_the_load_is_counted_by_layer_and_expert_and_starts_over_when_taken(serve):
+    dispatch = dispatcher_of(PushedPlacements(serve("g", ALL).group))
+    dispatch(2, torch.zeros(3, HIDDEN_SIZE), torch.tensor([[0, 7], [7, 1], [3, 7]]))
+    expected = np.zeros((NUM_LAYERS, NUM_EXPERTS), np.int64)
+    expected[2] = [1, 1, 0, 1, 0, 0, 0, 3]
+    assert np.array_equal(dispatch.take_load(), expected)
+    assert not dispatch.take_load().any()
