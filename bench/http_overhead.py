@@ -7,7 +7,7 @@
 Both sides are of the same requests: the client's clock from sending the request to the first streamed token,
 and the engine's own clock from the arrival of the request there to its first token (the growth of
 `tradewind_engine_time_to_first_token_seconds_sum` in /metrics, read around each request). The difference is
-all that lies around the engine: HTTP, HAProxy, validation, the template, tokenizing, the Serve call, the token
+all that lies around the engine: HTTP, HAProxy, checks, the template, tokenizing, the Serve call, the token
 link, detokenizing and SSE. Each prompt differs, so that nothing comes from the prefix cache.
 """
 
@@ -19,8 +19,7 @@ import time
 from pathlib import Path
 
 import httpx
-
-from bench.about import describe_run
+from about import describe_run
 
 METRIC = "tradewind_engine_time_to_first_token_seconds_sum"
 
@@ -82,7 +81,7 @@ def measure(client: httpx.Client, model: str, question: str) -> tuple[float, flo
 def engine_seconds(client: httpx.Client) -> float:
     """Return the engines' time to first token, summed over all requests so far."""
     text = client.get("/metrics").raise_for_status().text
-    return sum(float(value) for value in re.findall(rf"^{METRIC}{{.*}} (\\S+)$", text, re.MULTILINE))
+    return sum(float(value) for value in re.findall(rf"^{METRIC}{{.*}} (\S+)$", text, re.MULTILINE))
 
 
 if __name__ == "__main__":

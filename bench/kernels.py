@@ -11,16 +11,13 @@ or fp32 weights with activations of the same dtype, and contiguous keys and valu
 
 import argparse
 import json
-import os
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
+from about import describe_run
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from shards.kernels import cpu
@@ -201,26 +198,6 @@ def print_table(name: str, rows: Iterator[Row]) -> list[Row]:
         print("| " + " | ".join(cells) + " |", flush=True)
         done.append(row)
     return done
-
-
-def describe_run() -> dict[str, str | int]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return {
-        "machine": models[0] if models else platform.processor() or platform.machine(),
-        "cores": os.cpu_count() or 0,
-        "load before": f"{os.getloadavg()[0]:.1f}",
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip() or "unknown",
-        "command": " ".join(["python", *sys.argv]),
-    }
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, httpx.HTTPError) as error:
+    except (ValueError, httpx.HTTPError, httpx.InvalidURL) as error:
         Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_sentence(error)}", soft_wrap=True)
         sys.exit(1)
 
@@ -68,7 +68,7 @@ def main() -> None:
 def _sentence(error: Exception) -> str:
     from rich.markup import escape
 
-    if isinstance(error, httpx.ConnectError):
+    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
         return (
             f"nobody answers at {error.request.url.copy_with(path='/')}; is `tradewind serve` running there?"
         )

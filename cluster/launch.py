@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cluster.demo.build import DEMO_MODELS, build
+from cluster.demo import DEMO_MODELS
 from cluster.home import default_home
 from cluster.local_ray import check_port_is_free, ray_cluster
 from cluster.settings import ModelSettings, Settings
@@ -92,6 +92,8 @@ def _checkpoint(model: ModelSettings, console: Console) -> Path:
             f"checkpoint {model.checkpoint!r} of model {model.name!r} is neither a folder nor in "
             f"{home / 'models'}, nor a demo model ({', '.join(DEMO_MODELS)})"
         )
+    from cluster.demo.build import build  # not above: it needs torch, and is rarely needed
+
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(f"Building {model.checkpoint}")

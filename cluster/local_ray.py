@@ -5,8 +5,10 @@ import os
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 # Set before Ray is imported: Ray Serve reads them at import, here and in every process that inherits them.
 ENVIRONMENT = {
@@ -15,6 +17,7 @@ ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # Ray's default of 15 makes every token wait for whatever else runs here
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+GRACE_S = 3.0  # for a process to end by itself
 # Ports that a second cluster on this machine would collide on; they matter to nobody outside it.
 _PRIVATE_PORTS = (
     "RAY_SERVE_HAPROXY_METRICS_PORT",
@@ -29,8 +32,9 @@ def check_port_is_free(host: str, port: int) -> None:
     try:
         socket.create_server((host, port), family=family).close()
     except OSError as error:
+        reason = str(error.strerror).partition(" (while")[0]  # create_server says the address again
         raise ValueError(
-            f"cannot listen on {host} port {port} ({error.strerror}); choose another with --port, or with "
+            f"cannot listen on {host} port {port} ({reason}); choose another with --port, or with "
             "PORT=... before `make serve`, or http.port in the configuration"
         ) from None
 
@@ -67,7 +71,21 @@ def ray_cluster(num_cpus: int) -> Iterator[bool]:
                 )
             yield not address
         finally:
+            family = [] if address else psutil.Process().children(recursive=True)
             ray.shutdown()
+            _end(family)
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    """End what Ray has left: HAProxy outlives its actor if that one had no time to clean up."""
+    _, left = psutil.wait_procs(processes, timeout=GRACE_S)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, left = psutil.wait_procs(left, timeout=GRACE_S)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _free_port() -> int:

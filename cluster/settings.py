@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticSerializationError, to_json
 
 # Strict: a port of "8000" or a `true` where a number belongs is a mistake, and so is a key nobody reads.
-_STRICT = ConfigDict(extra="forbid", strict=True)
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -70,7 +71,12 @@ class Settings:
         return self.http.gateways + models
 
     def on(self, host: str | None, port: int | None) -> "Settings":
-        """Return the same deployment behind another host or port; None keeps what the file says."""
+        """Return the same deployment behind another host or port; None keeps what the file says.
+
+        Raises ValueError for a port that there is not.
+        """
+        if port is not None and not 1 <= port <= 65535:
+            raise ValueError(f"--port is {port}; it must be from 1 to 65535")
         return replace(
             self, http=replace(self.http, host=host or self.http.host, port=port or self.http.port)
         )
@@ -84,13 +90,17 @@ def load_settings(path: Path) -> Settings:
         raise ValueError(
             f"{path} does not exist; the configurations that come along are in configs/"
         ) from None
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
         raise ValueError(f"{path} must hold a mapping with a key 'models', not {document!r}")
     try:
         # From JSON's types: YAML has lists where the dataclasses have tuples.
-        settings = TypeAdapter(Settings).validate_json(_to_json(document))
+        settings = TypeAdapter(Settings).validate_json(to_json(document, inf_nan_mode="constants"))
+    except PydanticSerializationError as error:  # YAML knows bytes, and lists that hold themselves
+        raise ValueError(f"{path} holds more than plain values: {error}") from None
     except ValidationError as error:
         mistakes = [
             dict(mistake)
@@ -103,10 +113,6 @@ def load_settings(path: Path) -> Settings:
         if names.count(name) > 1:
             raise ValueError(f"{path}: two models are called {name!r}; each needs a name of its own")
     return settings
-
-
-def _to_json(document: dict[str, Any]) -> bytes:
-    return TypeAdapter(dict[str, Any]).dump_json(document)
 
 
 def _explain(mistake: dict[str, Any]) -> str:

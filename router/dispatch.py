@@ -14,7 +14,6 @@ from torch import Tensor
 
 from router.links.base import Dtype, Frame, Kind, Link, LinkLost
 from router.links.pool import LinkPool
-from router.links.rows import frame_of, rows_of
 from router.placement import Group, Placement
 
 # T tokens   K experts per token   D hidden   N rows = T*K   S rows in the order of sending
@@ -29,11 +28,16 @@ class ExpertUnavailable(RuntimeError):
     """No group holds this expert, and none came to hold it in time."""
 
     def __init__(self, layer: int, expert: int, waited_s: float) -> None:
-        super().__init__(
-            f"expert {expert} of layer {layer} has no live replica, and none came back within {waited_s:g} s"
-        )
+        super().__init__(layer, expert, waited_s)  # so that it can be pickled, to cross a Ray call
         self.layer = layer
         self.expert = expert
+        self._waited_s = waited_s
+
+    def __str__(self) -> str:
+        return (
+            f"expert {self.expert} of layer {self.layer} has no live replica, and none came back within "
+            f"{self._waited_s:g} s"
+        )
 
 
 class Placements(Protocol):
@@ -92,7 +96,8 @@ class Dispatcher:
         """
         (num_tokens, top_k), hidden_size = expert_TK.shape, x_TD.size(1)
         expert_N = expert_TK.reshape(-1).numpy()
-        x_SD, y_ND = x_TD.numpy(), np.empty((num_tokens * top_k, hidden_size), np.float32)
+        # All that follows is numpy: on a few rows a call of torch costs several times one of numpy.
+        y_ND = np.empty((num_tokens * top_k, hidden_size), np.float32)
         self._count(layer, expert_N)
 
         deadline: float | None = None
@@ -106,7 +111,7 @@ class Dispatcher:
                 deadline = deadline or time.monotonic() + self._deadline_s
                 self._await_replica(layer, int(expert_N[waiting_N[0]]), deadline)
                 continue
-            lost = self._exchange(self._batches(layer, x_SD, top_k, waiting_N, place_S), y_ND)
+            lost = self._exchange(self._batches(layer, x_TD.numpy(), top_k, waiting_N, place_S), y_ND)
             waiting_N = np.concatenate([batch.rows_S for batch in lost]) if lost else waiting_N[:0]
         return torch.from_numpy(y_ND).view(num_tokens, top_k, hidden_size)
 
@@ -140,7 +145,9 @@ class Dispatcher:
             slot_S = place_S[mine] - first_place_G1[index]
             runs_R2 = np.array(list(Counter(slot_S.tolist()).items()), "<i4")  # in the order of `slot_S`
             rows_SD = x_TD[rows_S[mine] // top_k]
-            frame = Frame(Kind.ROWS, self._sequence, layer, runs_R2.data, Dtype.FLOAT32, len(rows_SD), rows_SD.data)
+            frame = Frame(
+                Kind.ROWS, self._sequence, layer, runs_R2.data, Dtype.FLOAT32, len(rows_SD), rows_SD.data
+            )
             batches.append(_Batch(group, rows_S[mine], frame))
         return batches
 
@@ -205,8 +212,10 @@ def _receive(batch: _Batch, answer: Frame, y_ND: NDArray[np.float32]) -> None:
     if answer.kind == Kind.ERROR:
         reason = bytes(answer.meta).decode(errors="replace")
         raise RuntimeError(f"expert group {batch.group.name!r} reports: {reason}")
-    if answer.kind != Kind.RESULTS or answer.num_rows != len(batch.rows_S) or answer.dtype != Dtype.FLOAT32:
+    expected = Kind.RESULTS, Dtype.FLOAT32, batch.frame.num_rows, batch.frame.rows.nbytes
+    if (answer.kind, answer.dtype, answer.num_rows, answer.rows.nbytes) != expected:
         raise LinkLost(
-            f"protocol: {answer.num_rows} rows of {answer.dtype.name} in a {answer.kind.name} frame"
+            f"protocol: {answer.num_rows} rows of {answer.dtype.name}, {answer.rows.nbytes} bytes, in a "
+            f"{answer.kind.name} frame answer {batch.frame.num_rows} rows of {batch.frame.rows.nbytes} bytes"
         )
     y_ND[batch.rows_S] = np.frombuffer(answer.rows, np.float32).reshape(len(batch.rows_S), -1)

@@ -10,14 +10,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Shape = tuple[int, ...]
 
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+DTYPES = {"BF16": ("bfloat16", 2), "F16": ("float16", 2), "F32": ("float32", 4)}  # torch's name, bytes
 MAX_HEADER_BYTES = 100_000_000  # the bound of the safetensors library; more is no safetensors file
 
 
@@ -77,10 +77,12 @@ class Checkpoint:
                     f"it must be one of {', '.join(DTYPES)}"
                 )
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> "Tensor":
         """Read one tensor, in the dtype it has on disk. Blocks on the disk; KeyError if there is none."""
+        import torch  # not above: who only verifies a checkpoint need not wait for it
+
         stored = self.tensors[name]
-        tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+        tensor = torch.empty(stored.shape, dtype=getattr(torch, DTYPES[stored.dtype][0]))
         with stored.path.open("rb", buffering=0) as file:
             file.seek(stored.offset)
             left = tensor.flatten().view(torch.uint8).numpy().data
@@ -131,7 +133,7 @@ def _stored_tensor(path: Path, data_start: int, entry: dict[str, Any]) -> Stored
     dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
         raise ValueError("shape and data_offsets must be natural numbers")
-    if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+    if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype][1]:
         raise ValueError("data_offsets must span as many bytes as the shape needs")
     return StoredTensor(path, dtype, shape, data_start + begin, end - begin)
 

@@ -209,7 +209,7 @@ class ExpertService:
             for _, wanted_ND in parts:
                 wanted_ND.copy_(out_ND[start : start + len(wanted_ND)])
                 start += len(wanted_ND)
-        self._rows_per_slot[slot] += len(x_ND)
+        self._rows_per_slot[slot] += x_ND.size(0)
 
     def _answer(self, question: _Question) -> None:
         frame = question.frame
@@ -223,8 +223,7 @@ class ExpertService:
 
     def _send(self, link: StreamLink, frame: Frame) -> None:
         try:
-            link.post(frame)
-            if not link.flush():  # it reads no further question before it has taken this answer
+            if not link.post(frame):  # it reads no further question before it has taken this answer
                 self._selector.modify(link, selectors.EVENT_WRITE)
         except LinkLost as error:
             self._drop(link, error)

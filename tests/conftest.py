@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.demo.build import DENSE, SPARSE, build
+from cluster.demo import DENSE, SPARSE
+from cluster.demo.build import build
 from cluster.home import default_home
 from tests.shards.tiny_models import TinyModel, save_random_model
 

@@ -6,15 +6,9 @@ import threading
 import time
 from pathlib import Path
 
-from cluster.actors.node import listen
 from cluster.actors.reports import GroupReport, Process
 from cluster.metrics import ExpertMetrics
 from router.placement import Group
-from shards.checkpoint import Checkpoint
-from shards.config import ModelConfig
-from shards.expert_service import ExpertService
-from shards.expert_store import ExpertStore
-from shards.kernels.cpu import set_threads
 
 logger = logging.getLogger(__name__)
 
@@ -36,18 +30,13 @@ class ExpertGroup:
         num_threads: int,
         secret: bytes,
     ) -> None:
+        # Not above: a router names this class, and needs no torch.
+        from cluster.actors.expert_process import start_service
+
         self._model = model
         self._name = name
-        # It shares the node's cores with engines that wait for it: it must not spin while it waits for them.
-        set_threads(num_threads, spin_us=0)
-        directory = Path(checkpoint)
-        config = ModelConfig.from_checkpoint(directory)
-        store = ExpertStore.load(Checkpoint(directory), config, slots, lambda done, total: None)
         self._slots = slots
-        listener = listen(secret, name)
-        self._group = Group(name, str(listener.address), self._slots)
-        self._service = ExpertService(store, listener, self._slots, config.hidden_size)
-        self._service.start()
+        self._service, self._group = start_service(name, Path(checkpoint), slots, num_threads, secret)
         self._renewed_at = time.monotonic()
         threading.Thread(target=self._tick, name="lease", daemon=True).start()
 

@@ -58,13 +58,17 @@ class Gateway:
         )
 
     async def _serve(self, name: str, directory: Path) -> ServedModel:
-        """Wait for the model's engine, then put its text side before it."""
-        description = await self._engines[name].describe.remote()
+        """Read the model's text side, and wait for an engine to put it before."""
         config = ModelConfig.from_checkpoint(directory)
+        tokenizer, template = (
+            HuggingFaceTokenizer.from_checkpoint(directory),
+            ChatTemplate.from_checkpoint(directory),
+        )
+        description = await self._engines[name].describe.remote()
         return ServedModel(
             name=name,
-            tokenizer=HuggingFaceTokenizer.from_checkpoint(directory),
-            template=ChatTemplate.from_checkpoint(directory),
+            tokenizer=tokenizer,
+            template=template,
             context_length=description.context_length,
             stop_token_ids=frozenset(config.eos_token_ids),
             created=int((directory / "config.json").stat().st_mtime),

@@ -15,12 +15,11 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
+from cluster.demo import DEMO_MODELS, DENSE, SPARSE
 from cluster.demo.download import download
 from cluster.demo.gguf_checkpoint import GgufCheckpoint
 from cluster.demo.upcycle import sparse_config, sparse_layer
 
-DENSE, SPARSE = "smollm2-135m", "smollm2-8x135m"
-DEMO_MODELS = (DENSE, SPARSE)
 LAYERS_PER_SHARD = {DENSE: 30, SPARSE: 5}  # files of 270 and about 230 MB: what is in memory at a time
 
 Progress = Callable[[str, int, int], None]  # (what, done, of how many)

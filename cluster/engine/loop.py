@@ -4,24 +4,16 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
 from cluster.engine.engine import Engine
 from cluster.engine.observer import EngineObserver
-from cluster.engine.request import EngineFull, EngineStopped, FinishReason, GenerationRequest, TokenEvent
+from cluster.engine.request import EngineFull, EngineStopped, Generated, GenerationRequest, TokenEvent
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Generated:
-    """How a request ended."""
-
-    finish_reason: FinishReason
-    num_tokens: int  # produced here; tokens that came with the request do not count
 
 
 @dataclass
@@ -55,6 +47,7 @@ class EngineLoop:
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._stopping = False
         self.failure: BaseException | None = None  # why the thread ended, if it was not asked to
+        observer.saw_stats(engine.stats())
         self._thread = threading.Thread(target=self._run, name="engine-steps", daemon=True)
         self._thread.start()
 
@@ -65,22 +58,19 @@ class EngineLoop:
         """
         future: Future[Generated] = Future()
         self._inbox.put(lambda: self._admit(request, _Open(gateway, future)))
-        if not self._thread.is_alive():  # it may have ended before it could see this request
+        if self._stopping:  # set before the thread's last look: it may have missed this request
             self._turn_away()
         return future
 
     def abort(self, request_id: str) -> None:
         """End a request before the next step; one that is unknown, or has ended, is ignored."""
-        self._inbox.put(lambda: self._engine.abort(request_id))
+        self._inbox.put(lambda: self._abort([request_id]))
 
     def abort_gateway(self, gateway: str) -> None:
         """End every request of a gateway that is gone."""
-
-        def abort_all() -> None:
-            for request_id in [id for id, open_ in self._open.items() if open_.gateway == gateway]:
-                self._engine.abort(request_id)
-
-        self._inbox.put(abort_all)
+        self._inbox.put(
+            lambda: self._abort(id for id, open_ in self._open.items() if open_.gateway == gateway)
+        )
 
     def stop(self) -> None:
         """Stop after the step in progress and wait for the thread's end."""
@@ -93,14 +83,15 @@ class EngineLoop:
 
     def _run(self) -> None:
         try:
-            while not self._stopping:
+            while True:
                 self._read_inbox(wait=not self._engine.has_work)
+                if self._stopping:
+                    return
                 if self._engine.has_work:
                     self._step()
         except BaseException as failure:
             logger.exception("the engine's step failed; this engine is lost")
             self.failure = failure
-            raise
         finally:
             for open_ in self._open.values():
                 open_.future.set_exception(EngineStopped("the engine has stopped"))
@@ -108,7 +99,7 @@ class EngineLoop:
             self._turn_away()
 
     def _turn_away(self) -> None:
-        """Refuse what is still in the inbox: nobody will step for it."""
+        """Refuse what is still in the inbox: nobody will step for it. Safe from any thread."""
         self._stopping = True
         self._read_inbox(wait=False)
 
@@ -128,15 +119,23 @@ class EngineLoop:
         if self._stopping:
             open_.future.set_exception(EngineStopped("the engine has stopped"))
             return
+        if request.id in self._open:  # the engine may have let go of it already, in an end not yet reported
+            open_.future.set_exception(ValueError(f"request {request.id!r} is here already"))
+            return
         if len(self._open) >= self._max_open:
             open_.future.set_exception(EngineFull(f"the engine already holds {self._max_open} requests"))
             return
+        self._open[request.id] = open_
         try:
             self._engine.submit(request)
         except ValueError as error:
+            del self._open[request.id]
             open_.future.set_exception(error)
-        else:
-            self._open[request.id] = open_
+
+    def _abort(self, request_ids: Iterable[str]) -> None:
+        if not self._stopping:  # else `_turn_away` calls, perhaps from another thread than the engine's
+            for request_id in request_ids:
+                self._engine.abort(request_id)
 
     def _step(self) -> None:
         started_at = time.perf_counter()

@@ -13,7 +13,8 @@ _CGROUP = Path("/sys/fs/cgroup")  # version 2, as a container sees itself
 def free_bytes(cgroup: Path = _CGROUP) -> int:
     """Return the memory this process may still take: the machine's, or less if its cgroup has a limit.
 
-    Page cache counts as free, as the kernel gives it up when asked.
+    Page cache counts as free, as the kernel gives it up when asked; shared memory, which it counts as
+    page cache, does not.
     """
     free = int(psutil.virtual_memory().available)
     try:
@@ -24,7 +25,8 @@ def free_bytes(cgroup: Path = _CGROUP) -> int:
         return free  # the root cgroup, version 1, or not Linux: no limit that we could read
     if limit == "max":
         return free
-    return min(free, int(limit) - used + int(stat.get("file", 0)))
+    page_cache = int(stat.get("file", 0)) - int(stat.get("shmem", 0))
+    return max(0, min(free, int(limit) - used + page_cache))
 
 
 def num_kv_blocks(

@@ -32,6 +32,12 @@ class EngineObserver:
         """The engine's numbers after its last step."""
         return self._last
 
+    def saw_stats(self, stats: EngineStats) -> None:
+        """Note the engine's numbers: all that an engine can tell before its first step."""
+        for gauge, name in self._gauges:
+            gauge.set(getattr(stats, name))
+        self._last = stats
+
     def saw_first_token(self, seconds: float) -> None:
         """Note the time from a request's arrival to its first token."""
         self._first_token_seconds.observe(seconds)
@@ -42,9 +48,7 @@ class EngineObserver:
         self._step_tokens.observe(stats.num_computed_tokens - self._last.num_computed_tokens)
         self._cached_tokens.inc(stats.num_cached_tokens - self._last.num_cached_tokens)
         self._preemptions.inc(stats.num_preemptions - self._last.num_preemptions)
-        for gauge, name in self._gauges:
-            gauge.set(getattr(stats, name))
-        self._last = stats
+        self.saw_stats(stats)
         self._generated.append((time.monotonic(), num_generated))
         while self._generated[0][0] < self._generated[-1][0] - RATE_WINDOW_S:
             self._generated.popleft()

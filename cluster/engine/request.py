@@ -51,3 +51,11 @@ class TokenEvent:
     top_logprobs: tuple[Logprob, ...] = ()  # the likeliest tokens, best first
     num_cached: int = 0  # prompt tokens that came from the prefix cache; set with the first token
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class Generated:
+    """How a request ended."""
+
+    finish_reason: FinishReason
+    num_tokens: int  # produced here; tokens that came with the request do not count

@@ -52,7 +52,9 @@ class Chat:
         except KeyboardInterrupt:
             self._console.print("[dim] (stopped)[/]", end="")
         except httpx.HTTPError as error:
-            self._console.print(f"[red]{error}[/]")
+            if answer:
+                self._console.print()
+            self._console.print(str(error), style="red", markup=False)
             return
         self._console.print()
         self._messages = [*asked, {"role": "assistant", "content": answer}]
@@ -68,7 +70,7 @@ class Chat:
         with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.is_error:
                 response.read()
-                raise httpx.HTTPError(response.json()["error"]["message"])
+                raise httpx.HTTPError(_message(response))
             for line in response.iter_lines():
                 data = line.removeprefix("data: ")
                 if not line or data == "[DONE]":
@@ -78,3 +80,11 @@ class Chat:
                     raise httpx.HTTPError(chunk["error"]["message"])
                 for choice in chunk["choices"]:
                     yield choice["delta"].get("content") or ""
+
+
+def _message(response: httpx.Response) -> str:
+    """Return what an answer that is an error says; it may be a proxy's, which has no body of ours."""
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"{response.status_code} {response.reason_phrase}"

@@ -72,10 +72,10 @@ class StreamLink:
 
         Raises LinkLost, also when the peer takes no byte for `send_timeout_s` seconds.
         """
-        self.post(frame)
-        while self._unsent:
+        is_sent = self.post(frame)
+        while not is_sent:
             self._wait(select.POLLOUT, self._send_timeout_s)
-            self.flush()
+            is_sent = self.flush()
 
     def receive(self, timeout_s: float | None = None) -> Frame:
         """Wait for one frame. Raises LinkLost, also when `timeout_s` seconds pass without a whole frame."""
@@ -84,14 +84,13 @@ class StreamLink:
             self._wait(select.POLLIN, None if deadline is None else deadline - time.monotonic())
         return frame
 
-    def post(self, frame: Frame) -> None:
-        """Start to send a frame, without blocking. Raises LinkLost.
+    def post(self, frame: Frame) -> bool:
+        """Start to send a frame, without blocking; return whether all of it has left. Raises LinkLost.
 
-        Meta and rows must stay as they are until `flush` returns True.
+        If not, its meta and rows must stay as they are until `flush` returns True.
         """
-        parts = [memoryview(part) for part in encode(frame)]
-        self._unsent = self._unsent + parts if self._unsent else parts
-        self.flush()
+        self._unsent.extend(memoryview(part) for part in encode(frame))
+        return self.flush()
 
     def flush(self) -> bool:
         """Send what the peer takes now; return whether nothing is left. Raises LinkLost."""

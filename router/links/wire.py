@@ -45,23 +45,17 @@ def encode(frame: Frame) -> list[bytes | memoryview]:
         raise ValueError(
             f"meta and rows hold {meta_bytes + rows_bytes} bytes; a frame holds at most {MAX_FRAME_BYTES}"
         )
-    for name, value in (("layer", frame.layer), ("sequence", frame.sequence), ("num_rows", frame.num_rows)):
-        if not 0 <= value <= _UINT32_MAX:
-            raise ValueError(f"{name} is {value}; it must fit in unsigned 32 bits")
     if problem := _row_problem(frame.dtype, frame.num_rows, row_bytes):
         raise ValueError(problem)
-    header = _HEADER.pack(
-        _MAGIC,
-        VERSION,
-        frame.kind,
-        frame.dtype,
-        frame.layer,
-        frame.sequence,
-        frame.num_rows,
-        row_bytes,
-        meta_bytes,
-    )
-    return [header, *(part for part in (memoryview(frame.meta), frame.rows) if part.nbytes)]
+    numbers = frame.layer, frame.sequence, frame.num_rows, row_bytes, meta_bytes
+    try:
+        header = _HEADER.pack(_MAGIC, VERSION, frame.kind, frame.dtype, *numbers)
+    except struct.error:
+        raise ValueError(
+            f"layer {frame.layer}, sequence {frame.sequence} and num_rows {frame.num_rows} must be unsigned "
+            "integers of 32 bits"
+        ) from None
+    return [header, frame.meta, frame.rows]
 
 
 def decode_header(data: bytes | memoryview, max_frame_bytes: int = MAX_FRAME_BYTES) -> Header:

@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCES = ("linear.cpp", "attention.cpp", "elementwise.cpp", "threads.cpp")
+SOURCES = ("pack.cpp", "linear.cpp", "attention.cpp", "elementwise.cpp", "threads.cpp")
 HEADERS = ("simd.h", "spans.h", "threads.h")
 COMPILERS = ("g++", "clang++")
 # No -ffast-math, and no contraction: a multiply-add is fused where the source says fma(), nowhere else.

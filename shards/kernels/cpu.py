@@ -27,7 +27,7 @@ NO_WINDOW = 1 << 40  # more than any position
 class PackedWeight:
     """A weight matrix in the order in which `linear` reads it."""
 
-    data: Tensor  # bf16 [panels, K, 16, 2] or fp32 [panels, K, 32]
+    data: Tensor  # [panels, K, 32]; in bf16, columns n and n + 16 of a panel lie side by side
     out_features: int
     in_features: int
 
@@ -97,16 +97,10 @@ def set_threads(num_threads: int, spin_us: int) -> None:
 def pack(weight_NK: Tensor) -> PackedWeight:
     """Copy a weight into panels of 32 columns, padded with zeros: bf16 and fp32 stay, fp16 becomes fp32."""
     dtype = torch.bfloat16 if weight_NK.dtype == torch.bfloat16 else torch.float32
+    weight_NK = weight_NK.to(dtype).contiguous()
     out_features, in_features = weight_NK.shape
-    panels = -(-out_features // PANEL)
-    padded = torch.zeros(panels * PANEL, in_features, dtype=dtype)
-    padded[:out_features] = weight_NK
-    # [panel, half, column, k]: in bf16 the two halves share a 32-bit word.
-    halves = padded.view(panels, 2, PANEL // 2, in_features)
-    if dtype == torch.bfloat16:
-        data = halves.permute(0, 3, 2, 1).contiguous()
-    else:
-        data = halves.permute(0, 3, 1, 2).reshape(panels, in_features, PANEL).contiguous()
+    data = torch.empty(-(-out_features // PANEL), in_features, PANEL, dtype=dtype)
+    library().tw_pack(weight_NK.data_ptr(), dtype.itemsize, out_features, in_features, data.data_ptr())
     return PackedWeight(data, out_features, in_features)
 
 

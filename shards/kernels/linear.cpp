@@ -45,8 +45,8 @@ inline Pair load_pair(const char* at, Bf16) {
 
 // Add `depth` terms to a tile of Rows rows and Strips strips of y, which starts from zero if `fresh`.
 template <class Weight, int Rows, int Strips>
-__attribute__((noinline)) void tile(const float* __restrict x, const char* const* strips, int64_t depth, bool fresh, float* const* y,
-                 int64_t y_stride) {
+__attribute__((noinline)) void tile(const float* __restrict x, const char* const* strips, int64_t depth, bool fresh,
+                                    float* const* y, int64_t y_stride) {
     Floats low[Strips][Rows], high[Strips][Rows];
     for (int s = 0; s < Strips; s++)
         for (int r = 0; r < Rows; r++) {

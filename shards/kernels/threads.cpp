@@ -5,6 +5,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstdio>
 #include <cstdlib>
 #include <mutex>
 #include <thread>
@@ -150,7 +151,10 @@ float* Region::scratch(size_t num_floats) {
         free(p.scratch);
         p.scratch_floats = (num_floats + 15) / 16 * 16;
         p.scratch = static_cast<float*>(aligned_alloc(64, p.scratch_floats * sizeof(float)));
-        if (!p.scratch) abort();
+        if (!p.scratch) {
+            fprintf(stderr, "out of memory: no %zu bytes to pack rows\n", p.scratch_floats * sizeof(float));
+            abort();
+        }
     }
     return p.scratch;
 }

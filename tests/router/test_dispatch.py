@@ -1,6 +1,7 @@
 """Rows to their experts and back, over real links to real loops, against running each row alone."""
 
 import multiprocessing
+import pickle
 import signal
 import threading
 from pathlib import Path
@@ -135,6 +136,11 @@ def test_an_expert_that_nobody_restores_is_unavailable_after_the_deadline(serve)
     with pytest.raises(ExpertUnavailable, match="expert 3 of layer 1 has no live replica") as caught:
         dispatch(1, torch.zeros(1, HIDDEN_SIZE), torch.tensor([[2, 3]]))
     assert (caught.value.layer, caught.value.expert) == (1, 3)
+
+
+def test_the_error_of_an_unavailable_expert_can_cross_a_process():
+    error = ExpertUnavailable(7, 3, waited_s=60.0)
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 def test_an_unavailable_expert_does_not_spoil_the_next_call(serve):

@@ -8,7 +8,8 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cluster.demo.build import DEMO_MODELS, DENSE, SPARSE, build
+from cluster.demo import DEMO_MODELS, DENSE, SPARSE
+from cluster.demo.build import build
 from shards.config import ModelConfig
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, UNITS = 6, 32, 2, 1, 16, 48

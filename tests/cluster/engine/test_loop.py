@@ -1,0 +1,284 @@
+import threading
+from concurrent.futures import wait
+
+import pytest
+from fake_runner import VOCAB_SIZE, ExpertGone, FakeRunner
+from prometheus_client import CollectorRegistry
+
+from cluster.engine.engine import Engine
+from cluster.engine.loop import EngineLoop
+from cluster.engine.observer import EngineObserver
+from cluster.engine.request import EngineFull, EngineStopped, Generated, GenerationRequest
+from cluster.metrics import EngineMetrics
+from shards.sampling_params import SamplingParams
+
+DEADLINE_S = 10.0
+
+pytestmark = pytest.mark.timeout(60)
+
+
+class Gate:
+    """A runner that stands still, inside a step, while its gate is closed."""
+
+    def __init__(self, runner):
+        self.runner = runner
+        self.open = threading.Event()
+        self.open.set()
+        self.reached = threading.Semaphore(0)  # released once for each step
+        self.broken = None  # raised by the next step that passes the gate
+
+    def run(self, batch):
+        self.reached.release()
+        assert self.open.wait(DEADLINE_S)
+        if self.broken:
+            raise self.broken
+        return self.runner.run(batch)
+
+
+class Served:
+    """An engine's loop, and what it delivered: {gateway: [events]}."""
+
+    def __init__(self, max_open=8, max_running=8, context_length=1000):
+        self.gate = Gate(FakeRunner(64, 64))
+        self.engine = Engine(
+            self.gate,
+            vocab_size=VOCAB_SIZE,
+            context_length=context_length,
+            num_blocks=64,
+            max_step_tokens=64,
+            max_running=max_running,
+            request_errors=(ExpertGone,),
+        )
+        self.registry = CollectorRegistry()
+        self.delivered = {}
+        self.loop = EngineLoop(
+            self.engine,
+            lambda gateway, events: self.delivered.setdefault(gateway, []).extend(events),
+            EngineObserver(EngineMetrics(self.registry), "m"),
+            max_open,
+        )
+
+    def tokens(self, gateway, request_id):
+        return [event.token_id for event in self.delivered[gateway] if event.request_id == request_id]
+
+
+def request(id="a", max_tokens=5, prompt=(1, 2, 3)):
+    return GenerationRequest(id, prompt, max_tokens, SamplingParams(temperature=0.0))
+
+
+@pytest.fixture
+def served():
+    started = []
+
+    def start(**knobs):
+        started.append(Served(**knobs))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.gate.open.set()
+        one.loop.stop()
+
+
+def endless(served):
+    """Submit a long request, and wait until its first step stands at the closed gate."""
+    served.gate.open.clear()
+    future = served.loop.submit(request("endless", max_tokens=900), "gateway 1")
+    assert served.gate.reached.acquire(timeout=DEADLINE_S)
+    return future
+
+
+def test_a_request_ends_with_its_number_of_tokens(served):
+    one = served()
+    assert one.loop.submit(request(max_tokens=5), "gateway").result(DEADLINE_S) == Generated("length", 5)
+
+
+def test_each_gateway_gets_the_events_of_its_own_requests_before_their_end(served):
+    one = served()
+    futures = {id: one.loop.submit(request(id), f"gateway {id}") for id in "abc"}
+    for id, future in futures.items():
+        assert future.result(DEADLINE_S) == Generated("length", 5)
+        assert {event.request_id for event in one.delivered[f"gateway {id}"]} == {id}
+        assert len(one.tokens(f"gateway {id}", id)) == 5
+    assert one.delivered["gateway a"][-1].finish_reason == "length"
+
+
+def test_one_step_is_one_delivery_to_a_gateway(served):
+    one = served()
+    deliveries = []
+    one.loop._deliver = lambda gateway, events: deliveries.append([event.request_id for event in events])
+    endless(one)
+    futures = [one.loop.submit(request(id, max_tokens=3), "gateway 1") for id in "ab"]
+    one.gate.open.set()
+    wait(futures, DEADLINE_S)
+    assert [ids for ids in deliveries if "a" in ids] == [["endless", "a", "b"]] * 3
+
+
+def test_a_request_that_can_never_be_served_is_a_value_error(served):
+    one = served()
+    with pytest.raises(ValueError, match="prompt is empty"):
+        one.loop.submit(request(prompt=()), "gateway").result(DEADLINE_S)
+    assert one.loop.submit(request(), "gateway").result(DEADLINE_S).num_tokens == 5
+
+
+def test_an_id_is_free_again_only_when_its_end_is_reported(served):
+    one = served()
+    first = endless(one)
+    one.loop.abort("endless")
+    second = one.loop.submit(request("endless"), "gateway")  # read in one go with the abort
+    one.gate.open.set()
+    with pytest.raises(ValueError, match="'endless' is here already"):
+        second.result(DEADLINE_S)
+    assert first.result(DEADLINE_S).finish_reason == "abort"
+    assert one.loop.submit(request("endless"), "gateway").result(DEADLINE_S).num_tokens == 5
+
+
+def test_one_request_more_than_max_open_is_turned_away(served):
+    one = served(max_open=2)
+    futures = [endless(one), *(one.loop.submit(request(id), "gateway") for id in "ab")]
+    one.gate.open.set()
+    with pytest.raises(EngineFull, match="already holds 2 requests"):
+        futures[2].result(DEADLINE_S)
+    assert futures[1].result(DEADLINE_S).num_tokens == 5
+    assert one.loop.submit(request("c"), "gateway").result(DEADLINE_S).num_tokens == 5
+
+
+def test_a_request_that_its_caller_cancelled_before_the_step_is_never_run(served):
+    one = served()
+    endless(one)
+    future = one.loop.submit(request(), "gateway 2")
+    assert future.cancel()
+    last = one.loop.submit(request("b"), "gateway 1")
+    one.gate.open.set()
+    last.result(DEADLINE_S)
+    assert "gateway 2" not in one.delivered
+
+
+def test_an_abort_ends_a_running_request_and_no_other(served):
+    one = served()
+    future = endless(one)
+    other = one.loop.submit(request("b", max_tokens=5), "gateway 1")
+    one.loop.abort("endless")
+    one.gate.open.set()
+    assert future.result(DEADLINE_S).finish_reason == "abort"
+    assert other.result(DEADLINE_S) == Generated("length", 5)
+
+
+def test_an_abort_ends_a_waiting_request(served):
+    one = served(max_running=1)
+    endless(one)
+    future = one.loop.submit(request("b"), "gateway 1")
+    one.loop.abort("b")
+    one.gate.open.set()
+    assert future.result(DEADLINE_S) == Generated("abort", 0)
+
+
+def test_aborting_an_unknown_request_is_ignored(served):
+    one = served()
+    one.loop.abort("nobody")
+    assert one.loop.submit(request(), "gateway").result(DEADLINE_S).num_tokens == 5
+
+
+def test_a_lost_gateway_takes_its_requests_along_and_no_others(served):
+    one = served()
+    lost = [endless(one), one.loop.submit(request("b", 900), "gateway 1")]
+    kept = one.loop.submit(request("c"), "gateway 2")
+    one.loop.abort_gateway("gateway 1")
+    one.gate.open.set()
+    assert [future.result(DEADLINE_S).finish_reason for future in lost] == ["abort", "abort"]
+    assert kept.result(DEADLINE_S) == Generated("length", 5)
+
+
+def test_an_error_of_the_requests_of_one_step_leaves_the_engine_alive(served):
+    one = served()
+    future = endless(one)
+    one.gate.runner.next_error = ExpertGone("expert 3 has no replica")
+    one.gate.open.set()
+    assert future.result(DEADLINE_S).finish_reason == "error"
+    assert one.delivered["gateway 1"][-1].error == "expert 3 has no replica"
+    assert one.loop.submit(request(), "gateway").result(DEADLINE_S).num_tokens == 5
+    assert one.loop.failure is None
+
+
+def test_stopping_lets_the_step_end_and_refuses_what_is_left(served):
+    one = served()
+    future = endless(one)
+    waiting = one.loop.submit(request("b"), "gateway 1")
+    stopping = threading.Thread(target=one.loop.stop)
+    stopping.start()
+    one.gate.open.set()
+    stopping.join(DEADLINE_S)
+    assert not stopping.is_alive()
+    for refused in (future, waiting, one.loop.submit(request("c"), "gateway 1")):
+        with pytest.raises(EngineStopped):
+            refused.result(DEADLINE_S)
+    assert one.loop.failure is None
+
+
+def test_an_idle_loop_stops_and_stopping_twice_does_no_harm(served):
+    one = served()
+    one.loop.stop()
+    one.loop.stop()
+    one.loop.abort("a")
+    one.loop.abort_gateway("gateway")
+    with pytest.raises(EngineStopped):
+        one.loop.submit(request(), "gateway").result(DEADLINE_S)
+
+
+def test_a_failed_step_stops_every_request_also_those_that_come_later(served):
+    one = served()
+    running = endless(one)
+    waiting = [one.loop.submit(request(id), "gateway 1") for id in "ab"]
+    one.loop.abort("a")
+    one.gate.broken = RuntimeError("out of memory")
+    one.gate.open.set()
+    for future in (running, *waiting, one.loop.submit(request("c"), "gateway 1")):
+        with pytest.raises(EngineStopped):
+            future.result(DEADLINE_S)
+    one.loop.stop()
+    assert one.loop.failure is one.gate.broken
+    with pytest.raises(EngineStopped):
+        one.loop.submit(request("d"), "gateway 1").result(DEADLINE_S)
+
+
+def test_no_request_is_forgotten_however_close_to_the_failure_it_comes(served):
+    one = served()
+    endless(one)
+    one.gate.broken = RuntimeError("out of memory")
+    futures = []
+
+    def keep_submitting(caller):
+        for number in range(300):
+            futures.append(one.loop.submit(request(f"{caller}-{number}"), "gateway 1"))
+            one.loop.abort(f"{caller}-{number}")
+
+    callers = [threading.Thread(target=keep_submitting, args=(caller,)) for caller in range(4)]
+    for caller in callers:
+        caller.start()
+    one.gate.open.set()
+    for caller in callers:
+        caller.join(DEADLINE_S)
+    assert len(futures) == 1200
+    assert not wait(futures, DEADLINE_S).not_done
+
+
+def test_a_request_that_breaks_the_engine_is_stopped_like_all_others(served):
+    one = served()
+    with pytest.raises(EngineStopped):
+        one.loop.submit(request(prompt=("no token",)), "gateway").result(DEADLINE_S)
+    one.loop.stop()
+    assert isinstance(one.loop.failure, TypeError)
+
+
+def test_the_time_to_the_first_token_is_observed_once_per_request(served):
+    one = served()
+    for id in "ab":
+        one.loop.submit(request(id), "gateway").result(DEADLINE_S)
+    one.loop.stop()
+    name = "tradewind_engine_time_to_first_token_seconds_count"
+    assert one.registry.get_sample_value(name, {"model": "m"}) == 2
+
+
+def test_an_engine_that_never_stepped_says_how_many_blocks_it_has(served):
+    one = served()
+    assert one.registry.get_sample_value("tradewind_engine_kv_blocks", {"model": "m"}) == 64

@@ -1,0 +1,102 @@
+import io
+
+from rich.console import Console
+
+from cluster.terminal.status import render
+
+
+def process(kind, name, pid):
+    return {"kind": kind, "name": name, "pid": pid, "node": "10.0.0.7"}
+
+
+GROUPS = [
+    {
+        "process": process("ExpertGroup", "group-0", 401),
+        "experts": {"0": 30, "10": 30},
+        "rows": {"0": 1500, "10": 500},
+        "num_links": 2,
+    },
+    {
+        "process": process("ExpertGroup", "group-1", 402),
+        "experts": {"2": 29},
+        "rows": {},
+        "num_links": 1,
+    },
+]
+ENGINE = {
+    "process": process("Engine", "sparse/abc", 301),
+    "epoch": 4,
+    "num_running": 7,
+    "num_waiting": 3,
+    "used_blocks": 12,
+    "total_blocks": 640,
+    "tokens_per_s": 81.25,
+}
+SPARSE = {
+    "model": "sparse",
+    "epoch": 4,
+    "router": process("Router", "sparse/router", 201),
+    "engines": [ENGINE],
+    "groups": GROUPS,
+}
+DENSE = {
+    "model": "dense",
+    "epoch": 0,
+    "router": process("Router", "dense/router", 202),
+    "engines": [{**ENGINE, "process": process("Engine", "dense/xyz", 302), "epoch": 0}],
+    "groups": [],
+}
+
+
+def tables(*models):
+    """Return the tables for these models as lists of rows; they must also print."""
+    shown = render({"gateway": process("Gateway", "gateway-1", 101), "models": models})
+    Console(file=io.StringIO()).print(shown)
+    return [
+        list(zip(*(column.cells for column in table.columns), strict=True)) for table in shown.renderables
+    ]
+
+
+def test_every_process_has_a_row():
+    assert [row[:4] for row in tables(SPARSE, DENSE)[0]] == [
+        ("Gateway", "gateway-1", "101", "10.0.0.7"),
+        ("Router", "sparse/router", "201", "10.0.0.7"),
+        ("Engine", "sparse/abc", "301", "10.0.0.7"),
+        ("ExpertGroup", "group-0", "401", "10.0.0.7"),
+        ("ExpertGroup", "group-1", "402", "10.0.0.7"),
+        ("Router", "dense/router", "202", "10.0.0.7"),
+        ("Engine", "dense/xyz", "302", "10.0.0.7"),
+    ]
+
+
+def test_a_row_says_what_its_process_does():
+    assert [row[4] for row in tables(SPARSE)[0]] == [
+        "HTTP, text, journal",
+        "epoch 4",
+        "81.2 tokens/s, 7 running, 3 waiting, 12 of 640 KV blocks",
+        "experts 0, 10; 2,000 rows, 2 links",
+        "experts 2; 0 rows, 1 links",
+    ]
+
+
+def test_experts_are_listed_by_number_with_their_share_of_the_rows():
+    assert tables(SPARSE)[1] == [
+        ("0", "group-0", "30", "1,500", "75.0%"),
+        ("2", "group-1", "29", "0", "0.0%"),
+        ("10", "group-0", "30", "500", "25.0%"),
+    ]
+
+
+def test_experts_that_have_had_no_row_share_nothing():
+    idle = {**SPARSE, "groups": [{**group, "rows": {}} for group in GROUPS]}
+    assert {row[4] for row in tables(idle)[1]} == {"0.0%"}
+
+
+def test_a_model_without_groups_has_no_table_of_experts():
+    (processes,) = tables(DENSE)
+    assert [row[0] for row in processes] == ["Gateway", "Router", "Engine"]
+
+
+def test_a_deployment_whose_processes_are_gone_shows_what_is_left():
+    (processes,) = tables({**SPARSE, "engines": [], "groups": []})
+    assert [row[0] for row in processes] == ["Gateway", "Router"]

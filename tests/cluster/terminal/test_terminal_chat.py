@@ -1,0 +1,148 @@
+import io
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from rich.console import Console
+
+from cluster.terminal.chat import Chat
+
+pytestmark = pytest.mark.timeout(60)
+
+
+class Endpoint:
+    """A real HTTP server with two models; it answers each question with the next of `answers`."""
+
+    def __init__(self):
+        self.answers = []  # (status, media type, body)
+        self.asked = []  # the bodies of the questions
+        endpoint = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                models = {"data": [{"id": "echo"}, {"id": "other"}]}
+                self.reply(200, "application/json", json.dumps(models))
+
+            def do_POST(self):
+                assert self.path == "/v1/chat/completions"
+                endpoint.asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+                self.reply(*endpoint.answers.pop(0))
+
+            def reply(self, status, media_type, body):
+                self.send_response(status)
+                self.send_header("content-type", media_type)
+                self.end_headers()
+                self.wfile.write(body.encode())
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
+
+    def answers_with(self, *pieces):
+        chunks = [{"choices": [{"delta": {"role": "assistant", "content": ""}}]}]
+        chunks += [{"choices": [{"delta": {"content": piece}}]} for piece in pieces]
+        chunks += [{"choices": [{"delta": {}, "finish_reason": "stop"}]}, {"choices": [], "usage": {}}]
+        self.streams([*map(json.dumps, chunks), "[DONE]"])
+
+    def streams(self, events):
+        body = "".join(f"data: {event}\n\n" for event in events)
+        self.answers.append((200, "text/event-stream", body))
+
+    def fails_with(self, status, body, media_type="application/json"):
+        self.answers.append((status, media_type, body))
+
+
+@pytest.fixture
+def endpoint():
+    endpoint = Endpoint()
+    yield endpoint
+    endpoint.server.shutdown()
+    endpoint.server.server_close()
+
+
+@pytest.fixture
+def talk(endpoint, monkeypatch):
+    """Return a function that types lines, then Ctrl-D, and returns what is shown."""
+
+    def run(*lines, model=None, system=None, temperature=0.0):
+        typed = iter(lines)
+
+        def read(prompt):
+            try:
+                return next(typed)
+            except StopIteration:
+                raise EOFError from None
+
+        monkeypatch.setattr("builtins.input", read)
+        console = Console(file=io.StringIO(), width=200, highlight=False)
+        Chat(endpoint.url, model, system, temperature, console).run()
+        return console.file.getvalue()
+
+    return run
+
+
+def test_an_answer_is_shown_whole(endpoint, talk):
+    endpoint.answers_with("The capital", " of France", " is [bold]Paris[/].")
+    assert "The capital of France is [bold]Paris[/].\n" in talk("What is the capital of France?")
+
+
+def test_a_question_asks_the_first_model_for_a_stream(endpoint, talk):
+    endpoint.answers_with("Hello")
+    talk("Hi", temperature=0.5)
+    question = [{"role": "user", "content": "Hi"}]
+    assert endpoint.asked == [{"model": "echo", "messages": question, "temperature": 0.5, "stream": True}]
+
+
+def test_a_model_may_be_chosen(endpoint, talk):
+    endpoint.answers_with("Hello")
+    talk("Hi", model="other")
+    assert endpoint.asked[0]["model"] == "other"
+
+
+def test_a_model_that_is_not_served_is_refused_with_those_that_are(endpoint, talk):
+    with pytest.raises(
+        ValueError, match=f"'third' is not served at {endpoint.url}; choose one of echo, other"
+    ):
+        talk(model="third")
+
+
+def test_the_conversation_goes_along_with_the_next_question(endpoint, talk):
+    endpoint.answers_with("Hel", "lo")
+    endpoint.answers_with("Bye")
+    talk("Hi", "  ", "Leave", system="Be brief.")
+    assert endpoint.asked[1]["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Leave"},
+    ]
+
+
+def test_an_error_is_shown_and_its_question_forgotten(endpoint, talk):
+    endpoint.fails_with(400, json.dumps({"error": {"message": "messages[0] is [/wrong]"}}))
+    endpoint.answers_with("Hello")
+    assert "messages[0] is [/wrong]\n" in talk("Hmm", "Hi")
+    assert endpoint.asked[1]["messages"] == [{"role": "user", "content": "Hi"}]
+
+
+def test_an_error_in_mid_stream_is_shown_behind_what_came(endpoint, talk):
+    begun = json.dumps({"choices": [{"delta": {"content": "Once"}}]})
+    endpoint.streams([begun, json.dumps({"error": {"message": "the engine was lost"}})])
+    endpoint.answers_with("Hello")
+    assert "Once\nthe engine was lost\n" in talk("Tell", "Hi")
+    assert len(endpoint.asked[1]["messages"]) == 1
+
+
+@pytest.mark.parametrize("body", ["<html>No server is available</html>", "[]", '{"error": "gone"}', ""])
+def test_an_error_of_a_proxy_is_shown_by_its_status(endpoint, talk, body):
+    endpoint.fails_with(503, body, "text/html")
+    endpoint.answers_with("Hello")
+    shown = talk("Hmm", "Hi")
+    assert "503 Service Unavailable\n" in shown
+    assert "Hello\n" in shown

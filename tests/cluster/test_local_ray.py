@@ -1,0 +1,28 @@
+import socket
+
+import pytest
+
+from cluster.local_ray import check_port_is_free
+
+
+def test_a_free_port_is_free_and_stays_so():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    check_port_is_free("127.0.0.1", port)
+    check_port_is_free("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("listens_on", ["127.0.0.1", "0.0.0.0"])
+def test_a_port_that_somebody_listens_on_is_refused_with_what_to_change(listens_on):
+    with socket.create_server((listens_on, 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=r"already in use\); choose another with --port") as refused:
+            check_port_is_free("127.0.0.1", port)
+    assert str(refused.value).startswith(f"cannot listen on 127.0.0.1 port {port} (")
+
+
+def test_a_host_that_is_not_this_machine_is_refused():
+    host = "203.0.113.7"  # nobody's: RFC 5737 keeps it for documentation
+    with pytest.raises(ValueError, match=f"cannot listen on {host} port 8000"):
+        check_port_is_free(host, 8000)

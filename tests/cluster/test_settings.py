@@ -1,0 +1,170 @@
+from pathlib import Path
+
+import pytest
+
+from cluster.settings import HttpSettings, ModelSettings, Settings, load_settings
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+MODEL = "{name: m, checkpoint: c}"
+MODELS = f"models: [{MODEL}]\n"
+
+
+@pytest.fixture
+def mistakes(tmp_path):
+    """Return a function: the sentences that a YAML text is refused with, without the file's name."""
+
+    def load(text: str | bytes) -> list[str]:
+        path = tmp_path / "my.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(ValueError) as refused:  # noqa: PT011  # the caller looks at the message
+            load_settings(path)
+        lines = str(refused.value).splitlines()
+        assert all(line.startswith(str(path)) for line in lines), lines
+        return [line.removeprefix(str(path)).lstrip(": ") for line in lines]
+
+    return load
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_configuration_that_comes_along_loads(path):
+    assert load_settings(path).models
+
+
+def test_what_a_file_leaves_out_has_its_default(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text(MODELS)
+    assert load_settings(path) == Settings((ModelSettings("m", "c"),), HttpSettings())
+
+
+def test_what_a_file_says_is_what_the_settings_hold(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text(
+        "http: {host: 0.0.0.0, port: 8123, gateways: 2, api_keys_env: KEYS}\n"
+        "models:\n"
+        "  - {name: a-1.5_b, checkpoint: /models/a, engines: 2, engine_threads: 4, prefix_caching: false}\n"
+        "  - {name: b, checkpoint: b, expert_groups: 3, expert_threads: 2, kv_cache_tokens: 4096}\n"
+        "  - {name: c, checkpoint: c, kv_cache_fraction: 0.5, expert_deadline_s: 3, context_length: null}\n"
+    )
+    assert load_settings(path) == Settings(
+        (
+            ModelSettings("a-1.5_b", "/models/a", engines=2, engine_threads=4, prefix_caching=False),
+            ModelSettings("b", "b", expert_groups=3, expert_threads=2, kv_cache_tokens=4096),
+            ModelSettings("c", "c", kv_cache_fraction=0.5, expert_deadline_s=3.0),
+        ),
+        HttpSettings("0.0.0.0", 8123, 2, "KEYS"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("model: 3\n" + MODELS, "unknown key 'model'; did you mean 'models'?"),
+        ("http: {prot: 1}\n" + MODELS, "unknown key 'http.prot'; did you mean 'port'?"),
+        (
+            "models: [{name: m, checkpoint: c, expert_grups: 2}]",
+            "unknown key 'models.0.expert_grups'; did you mean 'expert_groups'?",
+        ),
+        (
+            "http: {colour: red}\n" + MODELS,
+            "unknown key 'http.colour'; the keys here are host, port, gateways, api_keys_env",
+        ),
+        ("1: 2\n" + MODELS, "unknown key '1'; the keys here are models, http"),
+    ],
+)
+def test_an_unknown_key_comes_with_the_key_that_was_meant(mistakes, text, sentence):
+    assert mistakes(text) == [sentence]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("http: {}", "key 'models' is missing"),
+        ("models: [{name: m}]", "key 'models.0.checkpoint' is missing"),
+        ("models: []", "models is []: "),
+        ("models: [x]", "models.0 is 'x': "),
+        ("models: 3", "models is 3: "),
+        ("http: 8000\n" + MODELS, "http is 8000: "),
+        ("http: {port: '8000'}\n" + MODELS, "http.port is '8000': "),
+        ("http: {port: 65536}\n" + MODELS, "http.port is 65536: "),
+        ("http: {gateways: 0}\n" + MODELS, "http.gateways is 0: "),
+        ("models: [{name: 'two words', checkpoint: c}]", "models.0.name is 'two words': "),
+        ("models: [{name: m, checkpoint: 3}]", "models.0.checkpoint is 3: "),
+        ("models: [{name: m, checkpoint: c, engines: true}]", "models.0.engines is True: "),
+        ("models: [{name: m, checkpoint: c, engines: 1.0}]", "models.0.engines is 1.0: "),
+        ("models: [{name: m, checkpoint: c, expert_groups: -1}]", "models.0.expert_groups is -1: "),
+        ("models: [{name: m, checkpoint: c, prefix_caching: 1}]", "models.0.prefix_caching is 1: "),
+        ("models: [{name: m, checkpoint: c, kv_cache_fraction: 1}]", "models.0.kv_cache_fraction is 1: "),
+        ("models: [{name: m, checkpoint: c, kv_cache_fraction: .nan}]", "models.0.kv_cache_fraction is nan"),
+        ("models: [{name: m, checkpoint: c, expert_deadline_s: .inf}]", "models.0.expert_deadline_s is inf"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key(mistakes, text, sentence):
+    (line,) = mistakes(text)
+    assert line.startswith(sentence)
+
+
+def test_every_mistake_has_a_sentence(mistakes):
+    text = (
+        "models: [{name: m, checkpoint: c, engine: 1}, {name: n, checkpoint: c, max_running: 0}, {name: o}]"
+    )
+    lines = mistakes(text)
+    assert len(lines) == 3
+    assert "engine_threads" in lines[0] or "engines" in lines[0]
+    assert lines[1].startswith("models.1.max_running is 0: ")
+    assert lines[2] == "key 'models.2.checkpoint' is missing"
+
+
+def test_two_models_of_one_name_are_refused(mistakes):
+    assert mistakes(f"models: [{MODEL}, {MODEL}]") == [
+        "two models are called 'm'; each needs a name of its own"
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "- a list", "words"])
+def test_a_file_without_a_mapping_is_told_what_to_hold(mistakes, text):
+    (line,) = mistakes(text)
+    assert line.startswith("must hold a mapping with a key 'models'")
+
+
+@pytest.mark.parametrize(
+    "text", ["a: b: c", "\x00", "models: [", "!!python/object:os.system {}", b"\xff\xfe\xff"]
+)
+def test_what_is_not_yaml_is_refused_in_one_line(mistakes, text):
+    (line,) = mistakes(text)
+    assert line.startswith("is not valid YAML: ")
+
+
+@pytest.mark.parametrize("text", ["models: &a [*a]", "models: !!binary /w=="])
+def test_yaml_that_is_more_than_values_is_refused(mistakes, text):
+    (line,) = mistakes(text)
+    assert line.startswith("holds more than plain values: ")
+
+
+def test_a_missing_file_is_named_with_the_folder_to_look_in(tmp_path):
+    with pytest.raises(ValueError, match=r"none\.yaml does not exist; .* configs/"):
+        load_settings(tmp_path / "none.yaml")
+
+
+def test_a_folder_is_no_configuration(tmp_path):
+    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+        load_settings(tmp_path)
+
+
+def test_the_command_line_overrides_host_and_port_and_nothing_else():
+    settings = Settings((ModelSettings("m", "c"),), HttpSettings(gateways=3))
+    assert settings.on(None, None) == settings
+    assert settings.on("0.0.0.0", 81).http == HttpSettings("0.0.0.0", 81, 3)
+
+
+@pytest.mark.parametrize("port", [-1, 0, 65536])
+def test_a_port_of_the_command_line_must_exist(port):
+    with pytest.raises(ValueError, match=f"--port is {port}; it must be from 1 to 65535"):
+        Settings((ModelSettings("m", "c"),)).on(None, port)
+
+
+def test_ray_is_asked_for_a_cpu_of_every_thread_and_gateway():
+    models = (
+        ModelSettings("a", "a", engines=2, engine_threads=3, expert_groups=4, expert_threads=2),
+        ModelSettings("b", "b"),  # as many threads as there are cores: Ray hears of one
+    )
+    assert Settings(models, HttpSettings(gateways=2)).num_cpus == 2 + (2 * 3 + 4 * 2) + 1
