@@ -32,12 +32,15 @@ def chat(
     url: Url = DEFAULT_URL,
     model: Annotated[str | None, typer.Option(help="Which one; default: the first that is served.")] = None,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="TRADEWIND_API_KEY", help="If it asks for it.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
 ) -> None:
     """Chat in the terminal. Ctrl-C stops an answer, Ctrl-D leaves."""
     from cluster.terminal.chat import Chat
 
-    Chat(url, model, system, temperature, Console(highlight=False)).run()
+    Chat(url, model, system, temperature, api_key, Console(highlight=False)).run()
 
 
 @app.command()

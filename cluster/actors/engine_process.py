@@ -59,7 +59,7 @@ class EngineProcess:
             request_errors=(ExpertUnavailable,),
         )
         self.observer = EngineObserver(EngineMetrics(), model.name)
-        sender = TokenSender(secret, name, on_lost=lambda gateway: self.loop.abort_gateway(gateway))
+        sender = TokenSender(secret, name, lambda gateway, then: self.loop.abort_gateway(gateway, then))
         self.loop = EngineLoop(engine, sender.send, self.observer, model.max_running + model.max_waiting)
 
 

@@ -18,6 +18,7 @@ from cluster.actors.reports import ModelReport, Process
 from cluster.actors.token_links import TokenReceiver
 from cluster.metrics import GatewayMetrics
 from cluster.serve.api import create_app
+from cluster.serve.errors import unavailable
 from cluster.serve.served_model import ServedModel
 from cluster.settings import Settings
 from cluster.text.huggingface import HuggingFaceTokenizer
@@ -25,6 +26,7 @@ from cluster.text.templates import ChatTemplate
 from shards.config import ModelConfig
 
 STATUS_TIMEOUT_S = 5.0
+UNREACHABLE = (RayError, RayServeException, TimeoutError)
 
 
 @serve.ingress()
@@ -84,13 +86,17 @@ class Gateway:
         """Say whether every model has an engine that answers."""
         try:
             await self._reports()
-        except (RayError, RayServeException, TimeoutError):
+        except UNREACHABLE:
             return False
         return True
 
     async def _status(self) -> dict[str, Any]:
         """Describe every process of the deployment, as far as this gateway can see."""
+        try:
+            reports = await self._reports()
+        except UNREACHABLE as error:
+            raise unavailable(f"an engine or its router does not answer: {type(error).__name__}") from error
         return {
             "gateway": asdict(Process.this("Gateway", self._name)),
-            "models": [asdict(report) for report in await self._reports()],
+            "models": [asdict(report) for report in reports],
         }

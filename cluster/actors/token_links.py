@@ -25,8 +25,12 @@ CONNECT_TIMEOUT_S = 5.0
 class TokenSender:
     """An engine's links to its gateways, opened when first needed, each with a thread that sends."""
 
-    def __init__(self, secret: bytes, name: str, on_lost: Callable[[str], None]) -> None:
-        """`on_lost(gateway)` is called, from the link's thread, when a gateway is gone."""
+    def __init__(self, secret: bytes, name: str, on_lost: Callable[[str, Callable[[], None]], None]) -> None:
+        """`on_lost(gateway, then)` is called, from the link's thread, when a gateway can't be reached.
+
+        It must end that gateway's requests, and call `then` from the thread that calls `send`, once no more
+        events of those will come: only then may another link be tried, or an answer could have a hole.
+        """
         self._secret = secret
         self._name = name
         self._on_lost = on_lost
@@ -55,10 +59,12 @@ class TokenSender:
                 link.close()
         except (OSError, ValueError) as error:
             logger.warning("the gateway at %s is lost, and its requests with it: %s", gateway, error)
-            self._on_lost(gateway)
-            # Events of requests that it had are still on their way; a gateway's address is never used again.
-            while outbox.get() is not None:
+            self._on_lost(gateway, lambda: self._forget(gateway))
+            while outbox.get() is not None:  # events of the requests that it had, until `_forget`
                 pass
+
+    def _forget(self, gateway: str) -> None:
+        self._outboxes.pop(gateway).put(None)
 
 
 class TokenReceiver:

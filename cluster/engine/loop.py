@@ -66,11 +66,14 @@ class EngineLoop:
         """End a request before the next step; one that is unknown, or has ended, is ignored."""
         self._inbox.put(lambda: self._abort([request_id]))
 
-    def abort_gateway(self, gateway: str) -> None:
-        """End every request of a gateway that is gone."""
-        self._inbox.put(
-            lambda: self._abort(id for id, open_ in self._open.items() if open_.gateway == gateway)
-        )
+    def abort_gateway(self, gateway: str, then: Callable[[], None] = lambda: None) -> None:
+        """End every request of a gateway that is gone; call `then` when no more of their tokens will come."""
+
+        def abort() -> None:
+            self._abort([id for id, open_ in self._open.items() if open_.gateway == gateway])
+            then()
+
+        self._inbox.put(abort)
 
     def stop(self) -> None:
         """Stop after the step in progress and wait for the thread's end."""

@@ -44,8 +44,10 @@ class EngineObserver:
 
     def saw_step(self, seconds: float, num_generated: int, stats: EngineStats) -> None:
         """Note a step's duration, the tokens it gave to requests, and the engine's numbers behind it."""
-        self._step_seconds.observe(seconds)
-        self._step_tokens.observe(stats.num_computed_tokens - self._last.num_computed_tokens)
+        num_computed = stats.num_computed_tokens - self._last.num_computed_tokens
+        if num_computed:  # else it only reported ends
+            self._step_seconds.observe(seconds)
+            self._step_tokens.observe(num_computed)
         self._cached_tokens.inc(stats.num_cached_tokens - self._last.num_cached_tokens)
         self._preemptions.inc(stats.num_preemptions - self._last.num_preemptions)
         self.saw_stats(stats)

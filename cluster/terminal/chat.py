@@ -18,10 +18,17 @@ class Chat:
     """One conversation with one model."""
 
     def __init__(
-        self, url: str, model: str | None, system: str | None, temperature: float, console: Console
+        self,
+        url: str,
+        model: str | None,
+        system: str | None,
+        temperature: float,
+        api_key: str | None,
+        console: Console,
     ) -> None:
         """Raises httpx.HTTPError if nobody answers at `url`, ValueError for a model that is not served."""
-        self._client = httpx.Client(base_url=url, timeout=TIMEOUT)
+        headers = {"authorization": f"Bearer {api_key}"} if api_key else None
+        self._client = httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT)
         served = [entry["id"] for entry in self._client.get("/v1/models").raise_for_status().json()["data"]]
         if model is not None and model not in served:
             raise ValueError(f"model {model!r} is not served at {url}; choose one of {', '.join(served)}")

@@ -33,10 +33,11 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
 
     @classmethod
-    def from_checkpoint(cls, directory: Path) -> "ChatTemplate":
+    def from_checkpoint(cls, directory: Path) -> "ChatTemplate | None":
         """Read chat_template.jinja or, if there is none, `chat_template` of tokenizer_config.json.
 
-        Raises ValueError, naming the file, if there is no template or it does not compile.
+        Returns None if there is neither: a base model. Raises ValueError, naming the file, for a template
+        that does not compile.
         """
         path = directory / "chat_template.jinja"
         if path.exists():
@@ -45,10 +46,7 @@ class ChatTemplate:
             path = directory / "tokenizer_config.json"
             source = _default(read_tokenizer_config(directory).get("chat_template"))
         if not isinstance(source, str):
-            raise ValueError(
-                f"{directory} has no chat template; put one into chat_template.jinja there, "
-                "or use /v1/completions, which needs none"
-            )
+            return None
         try:
             return cls(source, special_tokens(directory))
         except ValueError as error:

@@ -16,7 +16,6 @@ class Kind(IntEnum):
     RESULTS = 2  # expert group -> engine, with the sequence of its ROWS; the rows in the same order
     ERROR = 3  # expert group -> engine, with the sequence of its ROWS; meta: UTF-8 text
     TOKENS = 4  # engine -> gateway; meta: JSON, the events of one step
-    ABORT = 5  # gateway -> engine; meta: JSON, a list of request ids
 
 
 class Dtype(IntEnum):

@@ -48,9 +48,7 @@ def test_more_groups_than_experts_are_refused(checkpoint):
         verify(ModelSettings("m", "mixtral", expert_groups=5), checkpoint("mixtral"))
 
 
-@pytest.mark.parametrize(
-    "file", ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"]
-)
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_a_missing_file_is_named(checkpoint, file):
     directory = checkpoint("llama")
     (directory / file).unlink()

@@ -1,8 +1,8 @@
 """Promise 2: a request's tokens depend on the model, the request and its seed, and on nothing else. Bitwise.
 
-A tiny random Mixtral in bf16 runs under real engines; experts are inside, or behind real links in groups. What
-could tell two runs apart varies: who shares the steps, how prompts are cut, what is cached, what is preempted,
-where experts live, how many threads compute. Logprobs are compared too: they show the last bit of the logits.
+A tiny random Mixtral in bf16 runs under real engines; experts are inside, or behind real links in groups.
+What could tell two runs apart varies: who shares the steps, how prompts are cut, what is cached or preempted,
+where experts live, how many threads compute. Logprobs are compared too: they show the logits' last bit.
 """
 
 from collections.abc import Callable, Iterator

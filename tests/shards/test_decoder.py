@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.shards.tiny_models import MODELS, chunks_of, run_alone
 
 from shards.step import Chunk, StepBatch
+from tests.shards.tiny_models import MODELS, chunks_of, run_alone
 
 BLOCKS = (3, 9, 4, 1)
 

@@ -1,9 +1,9 @@
 """Each tensor of a checkpoint belongs to exactly one process."""
 
 import pytest
-from tests.shards.tiny_models import MODELS
 
 from shards.partition import all_experts, all_tensors, engine_tensors, expert_tensors
+from tests.shards.tiny_models import MODELS
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.shards.tiny_models import MODELS, chunks_of, run_alone
 
 from shards.checkpoint import BrokenCheckpoint, Checkpoint
 from shards.expert_store import ExpertStore, LocalExperts
 from shards.partition import all_experts, engine_tensors
 from shards.shard import load_shard
+from tests.shards.tiny_models import MODELS, chunks_of, run_alone
 
 
 @pytest.mark.parametrize("name", MODELS)

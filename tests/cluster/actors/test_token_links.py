@@ -37,7 +37,7 @@ def engine(lost: SimpleQueue[str]):
     senders = []
 
     def make(name: str = "engine 0", secret: bytes = SECRET) -> TokenSender:
-        senders.append(TokenSender(secret, name, lost.put))
+        senders.append(TokenSender(secret, name, lambda gateway, then: lost.put(gateway)))
         return senders[-1]
 
     yield make
@@ -175,3 +175,17 @@ def test_losing_one_gateway_does_not_disturb_another(listener, engine, lost):
             assert await take(queue, 1) == [TokenEvent("a", 1)]
 
     asyncio.run(run())
+
+
+def test_a_lost_gateway_gets_a_new_link_once_its_requests_have_ended(listener):
+    ended: SimpleQueue = SimpleQueue()
+    gateway, sender = str(listener.address), TokenSender(SECRET, "engine", lambda _, then: ended.put(then))
+    sender.send(gateway, [TokenEvent("a", 1)])
+    listener.accept(DEADLINE_S).close()
+    for step in range(100):
+        sender.send(gateway, [TokenEvent("a", step)])
+    ended.get(timeout=DEADLINE_S)()
+    sender.send(gateway, [TokenEvent("b", 1)])
+    link = listener.accept(DEADLINE_S)
+    assert b'"b"' in bytes(link.receive(DEADLINE_S).meta)  # and nothing of "a", whose answer has a hole
+    sender.close()

@@ -81,7 +81,7 @@ def talk(endpoint, monkeypatch):
 
         monkeypatch.setattr("builtins.input", read)
         console = Console(file=io.StringIO(), width=200, highlight=False)
-        Chat(endpoint.url, model, system, temperature, console).run()
+        Chat(endpoint.url, model, system, temperature, None, console).run()
         return console.file.getvalue()
 
     return run

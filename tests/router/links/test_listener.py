@@ -46,7 +46,7 @@ def test_a_link_joins_the_two_by_the_fitting_transport(listener: Listener, seen_
     assert (ours.peer, theirs.peer) == ("group 0", "engine 1")
     assert family(ours) == family(theirs) == expected
     ours.send(Frame(Kind.TOKENS, meta=b"there"))
-    theirs.send(Frame(Kind.ABORT, meta=b"back"))
+    theirs.send(Frame(Kind.TOKENS, meta=b"back"))
     assert (theirs.receive(5).meta, ours.receive(5).meta) == (b"there", b"back")
 
 
@@ -67,8 +67,8 @@ def test_a_wrong_secret_is_refused_and_logged_and_disturbs_nobody(listener: List
         connect(listener.address, b"wrong", "mallory")
     connect(listener.address, SECRET, "late")
     assert listener.accept(5).peer == "late"
-    before.send(Frame(Kind.ABORT))
-    assert early.receive(5).kind == Kind.ABORT
+    before.send(Frame(Kind.TOKENS))
+    assert early.receive(5).kind == Kind.TOKENS
     assert "'mallory' does not know this cluster's secret" in caplog.text
 
 
@@ -145,8 +145,8 @@ def test_closing_ends_links_that_nobody_accepted_but_no_others(listener: Listene
     listener.close()
     with pytest.raises(LinkLost):
         orphan.receive(5)
-    ours.send(Frame(Kind.ABORT))
-    assert theirs.receive(5).kind == Kind.ABORT
+    ours.send(Frame(Kind.TOKENS))
+    assert theirs.receive(5).kind == Kind.TOKENS
 
 
 def test_a_listener_bounds_the_frames_of_its_links(tmp_path: Path):
