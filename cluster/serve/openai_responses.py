@@ -102,7 +102,7 @@ class ChatWriter:
 
     def _scored(self, logprob: Logprob) -> dict[str, Any]:
         data = self._tokenizer.token_bytes(logprob.token_id)
-        name = _token_name(logprob.token_id, data)
+        name = token_name(logprob.token_id, data)
         return {"token": name, "logprob": _finite(logprob.logprob), "bytes": list(data) or None}
 
 
@@ -158,7 +158,7 @@ class CompletionWriter:
             if token.logprob is None:
                 continue
             data = self._tokenizer.token_bytes(token.logprob.token_id)
-            names.append(_token_name(token.logprob.token_id, data))
+            names.append(token_name(token.logprob.token_id, data))
             logprobs.append(_finite(token.logprob.logprob))
             offsets.append(offset)
             offset += sum(byte & 0xC0 != 0x80 for byte in data)  # the bytes that begin a character
@@ -169,7 +169,7 @@ class CompletionWriter:
         return {"tokens": names, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
 
     def _name(self, logprob: Logprob) -> str:
-        return _token_name(logprob.token_id, self._tokenizer.token_bytes(logprob.token_id))
+        return token_name(logprob.token_id, self._tokenizer.token_bytes(logprob.token_id))
 
 
 def usage(num_prompt: int, num_generated: int, num_cached: int) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def usage(num_prompt: int, num_generated: int, num_cached: int) -> dict[str, Any
     }
 
 
-def _token_name(token_id: int, data: bytes) -> str:
+def token_name(token_id: int, data: bytes) -> str:
     """Return a token's text, or a name that no other token has where it is none."""
     if not data:  # a special token adds nothing to the text
         return f"token_id:{token_id}"

@@ -71,7 +71,8 @@ def test_a_client_that_leaves_frees_its_request(deployment: Deployment, stream: 
     with httpx.Client(base_url=deployment.url, timeout=30) as client:
         if stream:
             with client.stream("POST", "/v1/chat/completions", json=body) as response:
-                next(response.iter_lines())
+                lines = response.iter_lines()  # kept: httpx closes a connection whose iterator is dropped
+                next(lines)
                 wait_for(lambda: deployment.engine()["num_running"] == 1, "the running request")
         else:
             with pytest.raises(httpx.ReadTimeout):
