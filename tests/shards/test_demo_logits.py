@@ -9,7 +9,7 @@ from shards.config import ModelConfig
 from shards.shard import load_shard
 from shards.step import Chunk, StepBatch
 
-TEXT = "The capital of France is Paris. Water boils at 100 degrees, unless you are on a mountain; then it is less."
+TEXT = "The capital of France is Paris. Water boils at 100 degrees, but on a high mountain it boils at less."
 
 
 @pytest.mark.parametrize("name", ["dense_checkpoint", "sparse_checkpoint"])
@@ -27,5 +27,5 @@ def test_logits_agree_with_transformers_on_the_demo_models(name: str, request: p
             for position, token_id in enumerate(token_ids)
         ]
     )
-    # Absolute and relative: the logits reach 39, where transformers itself moves by 2e-4 with the prompt's length.
-    torch.testing.assert_close(ours_TV, theirs_TV, rtol=1e-4, atol=1e-4)
+    # Relative to the largest logit, 39: transformers moves by 2e-4 itself if the prompt gets longer.
+    assert (ours_TV - theirs_TV).abs().max() <= 1e-5 * theirs_TV.abs().max()
