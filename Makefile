@@ -8,7 +8,7 @@ VENV   ?= .venv
 CONFIG ?= configs/demo.yaml
 BIN    := $(VENV)/bin
 
-.PHONY: serve test check format install
+.PHONY: serve test check format
 .SILENT:
 
 serve: $(VENV)/serve.stamp

@@ -7,6 +7,9 @@ from typing import Annotated
 import httpx
 import typer
 from rich.console import Console
+from rich.markup import escape
+
+from cluster.terminal.errors import sentence
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -64,15 +67,6 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, httpx.HTTPError, httpx.InvalidURL) as error:
-        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_sentence(error)}", soft_wrap=True)
+        console = Console(stderr=True, highlight=False)
+        console.print(f"[bold red]error:[/] {escape(sentence(error))}", soft_wrap=True)
         sys.exit(1)
-
-
-def _sentence(error: Exception) -> str:
-    from rich.markup import escape
-
-    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-        return (
-            f"nobody answers at {error.request.url.copy_with(path='/')}; is `tradewind serve` running there?"
-        )
-    return escape(str(error))

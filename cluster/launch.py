@@ -13,13 +13,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cluster.demo import DEMO_MODELS
-from cluster.home import default_home
 from cluster.local_ray import check_port_is_free, ray_cluster
 from cluster.settings import ModelSettings, Settings
 from cluster.text.huggingface import HuggingFaceTokenizer
 from cluster.text.templates import ChatTemplate
 from shards.checkpoint import Checkpoint
 from shards.config import ModelConfig
+from shards.home import default_home
 from shards.kernels import build as kernels
 from shards.partition import all_tensors
 
@@ -118,8 +118,7 @@ def _step(what: str, console: Console) -> Iterator[Callable[[str], None]]:
 
 def _invite(settings: Settings, console: Console) -> None:
     """Say where the endpoint is, and show a first question to paste."""
-    host = "127.0.0.1" if settings.http.host in ("0.0.0.0", "::") else settings.http.host
-    url = f"http://{host}:{settings.http.port}"
+    url = settings.http.url
     body = {
         "model": settings.models[0].name,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],

@@ -11,15 +11,19 @@ from pathlib import Path
 
 import psutil
 
+from shards.cores import usable_cores
+
 # Set before Ray is imported: Ray Serve reads them at import, here and in every process that inherits them.
 ENVIRONMENT = {
     "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).with_name("tradewind-haproxy")),
     "RAY_SERVE_ENABLE_HA_PROXY": "1",  # measured: a quarter of the Python proxy's CPU per streamed chunk
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",  # user code on the replica's main loop; 1 ms less per call
+    "RAY_SERVE_DEPLOYMENT_ACTOR_HEALTH_CHECK_PERIOD_S": "1",  # of the routers; Serve's default is 10 s
     "RAY_worker_niceness": "0",  # Ray's default of 15 makes every token wait for whatever else runs here
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 GRACE_S = 3.0  # for a process to end by itself
+CONNECT_TIMEOUT_S = 5.0  # to a cluster that is there
 # Ports that a second cluster on this machine would collide on; they matter to nobody outside it.
 _PRIVATE_PORTS = (
     "RAY_SERVE_HAPROXY_METRICS_PORT",
@@ -46,9 +50,12 @@ def ray_cluster(num_cpus: int) -> Iterator[bool]:
     """Join the cluster at RAY_ADDRESS, or start one on this machine and end it in the end.
 
     Yields whether it is ours. `num_cpus` are the logical CPUs of one that we start: what our actors ask
-    for, however few cores there are, since on a laptop they are meant to share them.
+    for, however few cores there are, since on a laptop they are meant to share them. Raises ValueError if
+    RAY_ADDRESS leads to no cluster.
     """
     address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _check_is_open(address)
     with tempfile.TemporaryDirectory(prefix="tradewind-") as directory:
         metrics = Path(directory, "metrics")
         metrics.mkdir()
@@ -60,13 +67,16 @@ def ray_cluster(num_cpus: int) -> Iterator[bool]:
 
         try:
             if address:
-                ray.init(
-                    logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": variables}
-                )
+                try:
+                    ray.init(
+                        logging_level=logging.ERROR, log_to_driver=False, runtime_env={"env_vars": variables}
+                    )
+                except ConnectionError as error:
+                    raise _no_cluster(address, str(error)) from error
             else:
                 ray.init(
                     "local",
-                    num_cpus=max(num_cpus, os.cpu_count() or 1),
+                    num_cpus=max(num_cpus, usable_cores()),
                     include_dashboard=False,
                     logging_level=logging.ERROR,
                     log_to_driver=False,
@@ -76,6 +86,27 @@ def ray_cluster(num_cpus: int) -> Iterator[bool]:
             family = [] if address else psutil.Process().children(recursive=True)
             ray.shutdown()
             _end(family)
+
+
+def _check_is_open(address: str) -> None:
+    """Raise ValueError if nobody listens at HOST:PORT; Ray itself would try for minutes.
+
+    Other addresses ("auto") are left to Ray. Blocks up to CONNECT_TIMEOUT_S.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:  # OverflowError: there is no such port
+        raise _no_cluster(address, str(error)) from None
+
+
+def _no_cluster(address: str, reason: str) -> ValueError:
+    return ValueError(
+        f"RAY_ADDRESS is {address!r}, but no Ray cluster answers there ({' '.join(reason.split())}); "
+        "correct it, or unset it to start Ray on this machine"
+    )
 
 
 def _end(processes: list[psutil.Process]) -> None:

@@ -1,7 +1,7 @@
 """Every metric of the project, by the kind of process that counts it.
 
 All names begin with `tradewind_`; units and suffixes follow Prometheus' own naming rules. The processes of
-one node share one scrape target: whoever starts them sets PROMETHEUS_MULTIPROC_DIR to an empty folder on a
+one node share one scrape target: whoever starts them sets PROMETHEUS_MULTIPROC_DIR to a new folder on the
 local disk, before the first import of this file, and `exposition()` in any of them reports the sum. Make one
 object of a kind per process: in that mode two of them would overwrite each other's numbers.
 """
@@ -23,6 +23,7 @@ class GatewayMetrics:
     """What clients see."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        _make_directory()
         self.requests = Counter(
             "tradewind_gateway_requests_total",
             "HTTP requests by outcome; 499: the client left. A stream that fails counts under its error.",
@@ -75,6 +76,8 @@ class EngineMetrics:
     """What one engine does."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        _make_directory()
+
         def gauge(name: str, text: str) -> Gauge:
             # Two engines of one model on a node add up; a dead one must not count any more.
             return Gauge(name, text, ["model"], registry=registry, multiprocess_mode="livesum")
@@ -124,6 +127,7 @@ class ExpertMetrics:
     """What one expert group does."""
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        _make_directory()
         # Summed over layers: experts x layers x groups would be thousands of series for one model.
         self.rows = Counter(
             "tradewind_expert_rows_total",
@@ -131,6 +135,12 @@ class ExpertMetrics:
             ["model", "group", "expert"],
             registry=registry,
         )
+
+
+def _make_directory() -> None:
+    """Make PROMETHEUS_MULTIPROC_DIR: it must be there for the first metric of a node, whoever makes that."""
+    if directory := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        Path(directory).mkdir(parents=True, exist_ok=True)
 
 
 def exposition(registry: CollectorRegistry = REGISTRY) -> bytes:

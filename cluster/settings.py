@@ -27,6 +27,12 @@ class HttpSettings:
     # Environment variable with the accepted API keys, separated by commas; null: everyone may ask.
     api_keys_env: str | None = None
 
+    @property
+    def url(self) -> str:
+        """Where a client on this machine finds the endpoint, whichever addresses it listens on."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
 
 @dataclass(frozen=True)
 class ModelSettings:

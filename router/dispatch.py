@@ -27,16 +27,19 @@ _RETRY_S = 0.25  # how often a lost group is tried again while an expert of it h
 class ExpertUnavailable(RuntimeError):
     """No group holds this expert, and none came to hold it in time."""
 
-    def __init__(self, layer: int, expert: int, waited_s: float) -> None:
-        super().__init__(layer, expert, waited_s)  # so that it can be pickled, to cross a Ray call
+    def __init__(self, layer: int, expert: int, waited_s: float, last_loss: str | None = None) -> None:
+        # All of them, so that it can be pickled, to cross a Ray call.
+        super().__init__(layer, expert, waited_s, last_loss)
         self.layer = layer
         self.expert = expert
         self._waited_s = waited_s
+        self._last_loss = last_loss
 
     def __str__(self) -> str:
+        loss = f"; the last loss: {self._last_loss}" if self._last_loss else ""
         return (
             f"expert {self.expert} of layer {self.layer} has no live replica, and none came back within "
-            f"{self._waited_s:g} s"
+            f"{self._waited_s:g} s{loss}"
         )
 
 
@@ -64,6 +67,7 @@ class Dispatcher:
 
     Implements the `Experts` seam of the layers. Experts hold no state, so rows of a lost group are simply
     sent again: to another replica, or, if there is none, to the one that a newer placement brings.
+    A group that reports an error, or at whose address another process answers, counts as lost too.
     For one thread, except for `take_load`.
     """
 
@@ -84,6 +88,7 @@ class Dispatcher:
         self._deadline_s = deadline_s
         self._newest = Placement(-1, ())
         self._live = self._newest  # without the groups that we lost
+        self._last_loss: str | None = None
         self._sequence = 0
         self._load_lock = threading.Lock()
         self._load_LE = np.zeros((num_layers, num_experts), np.int64)
@@ -92,7 +97,7 @@ class Dispatcher:
         """Return y_TKD: what expert `expert_TK[t, k]` of the layer made of token t, in fp32.
 
         `x_TD` is fp32, `expert_TK` int64, both on the CPU. Blocks until the last row is back. Raises
-        ExpertUnavailable if an expert stays without a replica, and RuntimeError if a group reports an error.
+        ExpertUnavailable, with the reason of the last loss, if an expert stays without a replica.
         """
         (num_tokens, top_k), hidden_size = expert_TK.shape, x_TD.size(1)
         expert_N = expert_TK.reshape(-1).numpy()
@@ -163,6 +168,8 @@ class Dispatcher:
             for batch in batches:
                 try:
                     link = self._links.get(batch.group.address)
+                    if link.peer != batch.group.name:  # the address of a dead group was given to another
+                        raise LinkLost(f"another process answers there: {link.peer!r}")
                     link.send(batch.frame)
                     unanswered.append((batch, link))
                 except LinkLost as error:
@@ -183,7 +190,8 @@ class Dispatcher:
         return lost
 
     def _lose(self, group: Group, error: LinkLost) -> None:
-        _log.warning("expert group %r is lost: %s", group.name, error)
+        self._last_loss = f"expert group {group.name!r} is lost: {error}"
+        _log.warning("%s", self._last_loss)
         self._links.drop(group.address)
         self._live = self._live.without(group.name)
 
@@ -196,7 +204,7 @@ class Dispatcher:
         """Wait for a newer placement for a while, then give every group of the newest one another chance."""
         remaining_s = deadline - time.monotonic()
         if remaining_s <= 0:
-            raise ExpertUnavailable(layer, expert, self._deadline_s)
+            raise ExpertUnavailable(layer, expert, self._deadline_s, self._last_loss)
         self._adopt(self._placements.wait_newer(self._newest.epoch, min(remaining_s, _RETRY_S)))
         self._live = self._newest
 
@@ -206,12 +214,12 @@ class Dispatcher:
 
 
 def _receive(batch: _Batch, answer: Frame, y_ND: NDArray[np.float32]) -> None:
-    """Write an answer to the rows it is for. Raises LinkLost if it does not answer `batch`."""
+    """Write an answer to the rows it is for. Raises LinkLost if it doesn't answer `batch`, or by an error."""
     if answer.sequence != batch.frame.sequence:
         raise LinkLost(f"protocol: answer {answer.sequence} to question {batch.frame.sequence}")
     if answer.kind == Kind.ERROR:
         reason = bytes(answer.meta).decode(errors="replace")
-        raise RuntimeError(f"expert group {batch.group.name!r} reports: {reason}")
+        raise LinkLost(f"it reports: {reason}")
     expected = Kind.RESULTS, Dtype.FLOAT32, batch.frame.num_rows, batch.frame.rows.nbytes
     if (answer.kind, answer.dtype, answer.num_rows, answer.rows.nbytes) != expected:
         raise LinkLost(

@@ -37,10 +37,6 @@ class Placement:
                 if min(slot) < 0:
                     raise ValueError(f"group {group.name!r} has slot {slot}; layer and expert count from 0")
 
-    def replicas(self, layer: int, expert: int) -> tuple[tuple[int, int], ...]:
-        """Return (index into `groups`, slot) of every replica of the expert; none if nobody holds it."""
-        return self._replicas.get((layer, expert), ())
-
     def without(self, name: str) -> "Placement":
         """Return the same table, under the same epoch, as if the group had never been there."""
         return Placement(self.epoch, tuple(group for group in self.groups if group.name != name))
@@ -69,26 +65,19 @@ class Placement:
         return np.cumsum([0, *(len(group.slots) for group in self.groups)])
 
     @cached_property
-    def _replicas(self) -> dict[tuple[int, int], tuple[tuple[int, int], ...]]:
-        found: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for index, group in enumerate(self.groups):
-            for slot, layer_and_expert in enumerate(group.slots):
-                found.setdefault(layer_and_expert, []).append((index, slot))
-        return {layer_and_expert: tuple(replicas) for layer_and_expert, replicas in found.items()}
-
-    @cached_property
     def _tables(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Places of each expert's replicas, padded with -1, and how many those are, but 1 for none."""
-        num_layers = 1 + max((layer for layer, _ in self._replicas), default=-1)
-        num_experts = 1 + max((expert for _, expert in self._replicas), default=-1)
-        most = max(map(len, self._replicas.values()), default=1)
+        places: dict[tuple[int, int], list[int]] = {}  # by (layer, expert)
+        for place, held in enumerate(slot for group in self.groups for slot in group.slots):
+            places.setdefault(held, []).append(place)
+        num_layers = 1 + max((layer for layer, _ in places), default=-1)
+        num_experts = 1 + max((expert for _, expert in places), default=-1)
+        most = max(map(len, places.values()), default=1)
         place_LER = np.full((num_layers, num_experts, most), -1, np.int64)
         num_replicas_LE = np.ones((num_layers, num_experts), np.int64)
-        for (layer, expert), replicas in self._replicas.items():
+        for (layer, expert), replicas in places.items():
             num_replicas_LE[layer, expert] = len(replicas)
-            place_LER[layer, expert, : len(replicas)] = [
-                self.first_place_G1[g] + slot for g, slot in replicas
-            ]
+            place_LER[layer, expert, : len(replicas)] = replicas
         return place_LER, num_replicas_LE
 
 

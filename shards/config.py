@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM")
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,6 @@ class ModelConfig:
     rope_theta: float
     rms_norm_eps: float
     tie_embeddings: bool
-    dtype: str  # of the weights on disk, one of DTYPES
     sliding_window: int | None = None  # a token sees itself and the `sliding_window - 1` before it
     num_experts: int = 0  # 0: a dense model
     experts_per_token: int = 0
@@ -72,8 +70,8 @@ class ModelConfig:
         architectures = fields.get("architectures") or [None]
         architecture = one_of("architectures[0]", architectures[0], ARCHITECTURES)
         one_of("hidden_act", fields.get("hidden_act"), ("silu",))
-        # transformers 5 nests the RoPE numbers under rope_parameters and writes `dtype`;
-        # transformers 4 wrote rope_theta, rope_scaling and `torch_dtype` at the top.
+        # transformers 5 nests the RoPE numbers under rope_parameters; transformers 4 wrote rope_theta and
+        # rope_scaling at the top.
         rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
         one_of("rope type", rope.get("rope_type", rope.get("type", "default")), ("default",))
         for bias in ("attention_bias", "mlp_bias"):
@@ -110,7 +108,6 @@ class ModelConfig:
             rope_theta=float(rope.get("rope_theta", fields.get("rope_theta", default_theta))),
             rms_norm_eps=need("rms_norm_eps", float),
             tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
-            dtype=one_of("dtype", fields.get("dtype", fields.get("torch_dtype", "float32")), DTYPES),
             sliding_window=optional("sliding_window"),
             num_experts=num_experts,
             experts_per_token=experts_per_token,

@@ -129,11 +129,11 @@ class ExpertService:
         self._selector.register(link, selectors.EVENT_READ)
         _log.info("link to %r is open", link.peer)
 
-    def _drop(self, link: StreamLink, error: LinkLost) -> None:
+    def _drop(self, link: StreamLink, error: Exception) -> None:
         self._links.remove(link)
         self._selector.unregister(link)
         link.close()
-        _log.info("%s", error)
+        _log.info("link to %r is closed: %r", link.peer, error)
 
     def _advance(self, link: StreamLink, is_writing: bool) -> _Question | None:
         """Write what the link takes, or read what has arrived; return a question once it is whole."""
@@ -143,7 +143,7 @@ class ExpertService:
                     self._selector.modify(link, selectors.EVENT_READ)
                 return None
             frame = link.poll()
-        except LinkLost as error:
+        except (LinkLost, MemoryError) as error:  # no memory for a frame: the rest of it can't be told apart
             self._drop(link, error)
             return None
         if frame is None:
@@ -152,18 +152,19 @@ class ExpertService:
             return self._question(link, frame)
         except ValueError as error:
             self._send(link, _error(frame, str(error)))
-            return None
+        except Exception as error:  # torch has no memory for the answer, say
+            _log.exception("a question of %r failed", link.peer)
+            self._send(link, _error(frame, f"the question failed: {error!r}"))
+        return None
 
     def _question(self, link: StreamLink, frame: Frame) -> _Question:
         """Check a frame. Raises ValueError, to be sent back, for what this group can't answer."""
         if frame.kind != Kind.ROWS:
             raise ValueError(f"an expert group answers ROWS frames, not {frame.kind.name}")
-        num_rows, hidden_size = frame.num_rows, self._hidden_size
-        if frame.dtype != Dtype.FLOAT32 or frame.rows.nbytes != num_rows * hidden_size * 4:
-            raise ValueError(
-                f"rows must be FLOAT32 of {hidden_size} elements; {num_rows} rows of {frame.dtype.name} in "
-                f"{frame.rows.nbytes} bytes are not"
-            )
+        if frame.dtype != Dtype.FLOAT32:
+            raise ValueError(f"rows must be FLOAT32, not {frame.dtype.name}")
+        x_ND = rows_of(frame, self._hidden_size)
+        num_rows = len(x_ND)
         meta = memoryview(frame.meta)
         if meta.nbytes % 8:
             raise ValueError(f"meta must be int32 pairs (slot, number of rows); {meta.nbytes} bytes are not")
@@ -181,7 +182,7 @@ class ExpertService:
             start += count
         if start != num_rows:
             raise ValueError(f"meta gives slots to {start} rows, but there are {num_rows}")
-        return _Question(link, frame, runs, rows_of(frame, hidden_size), torch.empty(num_rows, hidden_size))
+        return _Question(link, frame, runs, x_ND, torch.empty_like(x_ND))
 
     def _compute(self, questions: list[_Question]) -> None:
         """Fill in the answers, slot by slot over all questions."""

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from shards.config import ModelConfig
 
-# Tokens per block. Fixed: the attention kernel folds the softmax block by block, so the block size is
-# part of the arithmetic, and sixteen fp32 keys fill one AVX-512 register.
+# Tokens per block. Fixed: the kernels are compiled for it, sixteen fp32 keys fill one AVX-512 register, and
+# the 64 positions that attention folds at once are four whole blocks.
 BLOCK_SIZE = 16
 
 
@@ -30,10 +30,6 @@ class KVCache:
             tuple(torch.empty(num_blocks, heads, dim, BLOCK_SIZE) for _ in range(config.num_layers)),
             tuple(torch.empty(num_blocks, heads, BLOCK_SIZE, dim) for _ in range(config.num_layers)),
         )
-
-    @property
-    def num_blocks(self) -> int:
-        return self.keys_BGHS[0].size(0)
 
 
 def block_bytes(config: ModelConfig) -> int:

@@ -8,7 +8,7 @@ import torch
 
 from cluster.demo import DENSE, SPARSE
 from cluster.demo.build import build
-from cluster.home import default_home
+from shards.home import default_home
 from tests.shards.tiny_models import TinyModel, save_random_model
 
 

@@ -21,6 +21,7 @@ from cluster.settings import HttpSettings, ModelSettings
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGURATION = (REPOSITORY / "docs" / "configuration.md").read_text()
+PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")])
 API = (REPOSITORY / "docs" / "api.md").read_text()
 
 
@@ -119,9 +120,12 @@ def test_every_metric_is_documented_with_its_kind_and_labels():
     assert documented == exposed
 
 
-@pytest.mark.parametrize(
-    "page", sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")]), ids=lambda page: page.name
-)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_page_is_empty(page):
+    assert page.read_text().strip()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_to_a_file_leads_somewhere(page):
     targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
     missing = [target for target in targets if not (page.parent / target).exists()]

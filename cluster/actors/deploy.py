@@ -22,9 +22,9 @@ from cluster.settings import ModelSettings, Settings
 APP = "tradewind"  # the Serve application's name
 UNBOUNDED = 100_000  # Serve's own limit on ongoing requests; the engine has one of its own, `max_waiting`
 POLL_PERIOD_S = 0.1
-_LOGGING = LoggingConfig(
-    log_level="WARNING", enable_access_log=False
-)  # a line per request costs more than routing it
+HEALTH_CHECK_PERIOD_S = 1.0  # Serve sees the death of a replica at its next check; its default is 10 s
+# A line in the log per request costs more than routing the request.
+_LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
 ROUTER_THREADS = 64  # engines wait in long polls; each takes one
 
 
@@ -69,6 +69,7 @@ def build_app(settings: Settings, checkpoints: Mapping[str, Path], secret: bytes
         name="Gateway",
         num_replicas=settings.http.gateways,
         max_ongoing_requests=UNBOUNDED,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
         ray_actor_options={"num_cpus": 1},
     )
     api_keys = read_api_keys(settings.http.api_keys_env)
@@ -95,6 +96,7 @@ def _engine(model: ModelSettings, checkpoint: Path, secret: bytes) -> "serve.Dep
         name=f"Engine-{model.name}",
         num_replicas=model.engines,
         max_ongoing_requests=UNBOUNDED,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
         ray_actor_options={"num_cpus": model.engine_cpus},
         deployment_actors=[
             DeploymentActorConfig(
@@ -109,9 +111,8 @@ def _engine(model: ModelSettings, checkpoint: Path, secret: bytes) -> "serve.Dep
 
 def _answers(settings: Settings) -> bool:
     """Say whether the endpoint is up: HAProxy learns of a gateway a moment after Serve does."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.http.host, settings.http.host)
     try:
-        return httpx.get(f"http://{host}:{settings.http.port}/health", timeout=1.0).is_success
+        return httpx.get(f"{settings.http.url}/health", timeout=1.0).is_success
     except httpx.HTTPError:
         return False
 

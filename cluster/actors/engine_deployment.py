@@ -1,7 +1,6 @@
 """The engine as a Serve deployment: one unary call per request, its tokens on a link."""
 
 import asyncio
-from dataclasses import dataclass
 from pathlib import Path
 
 from ray import serve
@@ -12,13 +11,6 @@ from cluster.engine.request import Generated, GenerationRequest
 from cluster.settings import ModelSettings
 
 REPORT_PERIOD_S = 1.0
-
-
-@dataclass(frozen=True)
-class EngineDescription:
-    """What a gateway must know of an engine."""
-
-    context_length: int
 
 
 class Engine:
@@ -42,18 +34,13 @@ class Engine:
             self._process.loop.abort(request.id)
             raise
 
-    async def describe(self) -> EngineDescription:
-        """Return what a gateway must know."""
-        return EngineDescription(self._process.context_length)
+    async def context_length(self) -> int:
+        """Return how many tokens prompt and answer may have here, together."""
+        return self._process.context_length
 
     async def model_report(self) -> ModelReport:
         """Return the state of all processes of the model."""
         return await self._router.model_report()
-
-    async def check_health(self) -> None:
-        """Raise if the step thread has ended; Serve then replaces this replica."""
-        if self._process.loop.failure:
-            raise RuntimeError(f"the engine's step failed: {self._process.loop.failure!r}")
 
     def _report(self) -> EngineReport:
         stats = self._process.observer.stats

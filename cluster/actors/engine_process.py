@@ -20,8 +20,10 @@ from router.links.pool import LinkPool
 from router.links.stream import connect
 from shards.checkpoint import Checkpoint
 from shards.config import ModelConfig
+from shards.cores import usable_cores
 from shards.kernels.cpu import set_threads
 from shards.kv_cache import BLOCK_SIZE
+from shards.partition import all_tensors, engine_tensors
 from shards.shard import load_shard
 
 logger = logging.getLogger(__name__)
@@ -38,16 +40,17 @@ class EngineProcess:
     def __init__(
         self, model: ModelSettings, checkpoint: Path, secret: bytes, name: str, router: RouterClient
     ) -> None:
-        """Raises ValueError for a checkpoint or settings that do not fit, TimeoutError without experts."""
+        """Raises ValueError for a checkpoint or settings that do not fit, or if experts can't be started."""
         config = ModelConfig.from_checkpoint(checkpoint)
         remote_experts = model.expert_groups > 0
-        set_threads(model.engine_threads or os.cpu_count() or 1, 0 if remote_experts else SPIN_US_ALONE)
+        set_threads(model.engine_threads or usable_cores(), 0 if remote_experts else SPIN_US_ALONE)
         torch.set_num_threads(1)  # what torch does here is too small to share out
-        self.context_length, num_blocks = _fit(model, config)
+        weights = Checkpoint(checkpoint)
+        self.context_length, num_blocks = _fit(model, config, weights)
         experts = _dispatcher(model, config, secret, name, router) if remote_experts else None
-        shard = load_shard(Checkpoint(checkpoint), config, experts, num_blocks, lambda done, total: None)
-        if remote_experts and router.wait_newer(0, FIRST_PLACEMENT_TIMEOUT_S).epoch == 0:
-            raise TimeoutError(f"the expert groups were not there within {FIRST_PLACEMENT_TIMEOUT_S:g} s")
+        shard = load_shard(weights, config, experts, num_blocks, lambda done, total: None)
+        if remote_experts:
+            router.wait_first(FIRST_PLACEMENT_TIMEOUT_S)
         engine = Engine(
             shard,
             vocab_size=config.vocab_size,
@@ -60,11 +63,20 @@ class EngineProcess:
         )
         self.observer = EngineObserver(EngineMetrics(), model.name)
         sender = TokenSender(secret, name, lambda gateway, then: self.loop.abort_gateway(gateway, then))
-        self.loop = EngineLoop(engine, sender.send, self.observer, model.max_running + model.max_waiting)
+        self.loop = EngineLoop(
+            engine,
+            sender.send,
+            self.observer,
+            model.max_running + model.max_waiting,
+            # Gone is seen at once, by Serve and by the gateways; only refusing is not.
+            on_failure=lambda: os._exit(1),
+        )
 
 
-def _fit(model: ModelSettings, config: ModelConfig) -> tuple[int, int]:
+def _fit(model: ModelSettings, config: ModelConfig, weights: Checkpoint) -> tuple[int, int]:
     """Return the context length and the number of KV blocks that settings, checkpoint and memory allow."""
+    held = engine_tensors(config) if model.expert_groups else all_tensors(config)
+    weight_bytes = sum(weights.tensors[name].num_bytes for name in held if name in weights.tensors)
     context_length = min(model.context_length or config.context_length, config.context_length)
     num_blocks = num_kv_blocks(
         config,
@@ -72,7 +84,7 @@ def _fit(model: ModelSettings, config: ModelConfig) -> tuple[int, int]:
         model.max_running,
         model.kv_cache_tokens,
         model.kv_cache_fraction,
-        free_bytes(),
+        max(free_bytes() - weight_bytes, 0),  # the weights are still to come
     )
     fitting = num_blocks * BLOCK_SIZE
     if fitting < context_length:

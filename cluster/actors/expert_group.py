@@ -63,12 +63,14 @@ class ExpertGroup:
     def _tick(self) -> None:
         metrics = ExpertMetrics()
         counted: dict[int, int] = {}
-        while time.monotonic() - self._renewed_at < LEASE_S or self._service.num_links:
+        while self._service.is_serving:
+            if time.monotonic() - self._renewed_at > LEASE_S and not self._service.num_links:
+                logger.warning("%s: no router and no engine for %s s; this group ends", self._name, LEASE_S)
+                os._exit(0)
             time.sleep(METRICS_PERIOD_S)
             for expert, num_rows in self._rows_by_expert().items():
-                metrics.rows.labels(self._model, self._name, str(expert)).inc(
-                    num_rows - counted.get(expert, 0)
-                )
+                rows = metrics.rows.labels(self._model, self._name, str(expert))
+                rows.inc(num_rows - counted.get(expert, 0))
                 counted[expert] = num_rows
-        logger.warning("%s: no router and no engine for %s s; this group ends", self._name, LEASE_S)
-        os._exit(0)
+        logger.error("%s: its service has ended, and so does this group", self._name)
+        os._exit(1)

@@ -66,12 +66,12 @@ class Gateway:
             HuggingFaceTokenizer.from_checkpoint(directory),
             ChatTemplate.from_checkpoint(directory),
         )
-        description = await self._engines[name].describe.remote()
+        context_length = await self._engines[name].context_length.remote()
         return ServedModel(
             name=name,
             tokenizer=tokenizer,
             template=template,
-            context_length=description.context_length,
+            context_length=context_length,
             stop_token_ids=frozenset(config.eos_token_ids),
             created=int((directory / "config.json").stat().st_mtime),
             engine=RayEngineClient(self._engines[name], self._receiver),
@@ -84,8 +84,10 @@ class Gateway:
 
     async def _is_ready(self) -> bool:
         """Say whether every model has an engine that answers."""
+        calls = (engine.context_length.remote() for engine in self._engines.values())
         try:
-            await self._reports()
+            async with asyncio.timeout(STATUS_TIMEOUT_S):
+                await asyncio.gather(*calls)
         except UNREACHABLE:
             return False
         return True

@@ -18,14 +18,20 @@ LAST_FRAME_TIMEOUT_S = 5.0
 class RayEngineClient:
     """Implements EngineClient. The call says only that the request has ended, or why it could not."""
 
-    def __init__(self, handle: DeploymentHandle, receiver: TokenReceiver) -> None:
+    def __init__(
+        self,
+        handle: DeploymentHandle,
+        receiver: TokenReceiver,
+        last_frame_timeout_s: float = LAST_FRAME_TIMEOUT_S,
+    ) -> None:
         self._handle = handle
         self._receiver = receiver
+        self._last_frame_timeout_s = last_frame_timeout_s
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """Yield the request's events, as EngineClient says; leaving early cancels the call."""
-        events = self._receiver.open(request.id)
         response = self._handle.generate.remote(request, self._receiver.address)
+        events = self._receiver.open(request.id)
         call = asyncio.ensure_future(_result(response))
         call.add_done_callback(_retrieve)
         next_event = asyncio.ensure_future(events.get())
@@ -35,7 +41,7 @@ class RayEngineClient:
                 await asyncio.wait((call, next_event), return_when=asyncio.FIRST_COMPLETED)
                 if not next_event.done():
                     call.result()  # raises what ended the call early
-                    await asyncio.wait((next_event,), timeout=LAST_FRAME_TIMEOUT_S)
+                    await asyncio.wait((next_event,), timeout=self._last_frame_timeout_s)
                     if not next_event.done():
                         raise EngineLost("the engine ended the request, but its last tokens did not arrive")
                 event = next_event.result()
@@ -57,7 +63,7 @@ async def _result(response: object) -> None:
         raise EngineLost(f"the engine died: {error}") from error
     except (EngineFull, BackPressureError) as error:
         raise EngineOverloaded(str(error)) from error
-    except DeploymentUnavailableError as error:
+    except (DeploymentUnavailableError, ValueError) as error:  # ValueError: it does not fit that engine
         raise EngineUnavailable(str(error)) from error
 
 

@@ -1,5 +1,6 @@
 """The router as a Serve deployment actor: it starts expert groups, keeps them, and publishes placements."""
 
+import hashlib
 import logging
 import threading
 import time
@@ -10,9 +11,10 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError
 
-from cluster.actors.expert_group import ExpertGroup
+from cluster.actors.expert_group import LEASE_S, ExpertGroup
 from cluster.actors.reports import EngineReport, GroupReport, ModelReport, Process
 from cluster.settings import ModelSettings
+from router.epochs import Epochs
 from router.placement import Group, Placement, even
 from shards.config import ModelConfig
 
@@ -20,7 +22,9 @@ logger = logging.getLogger(__name__)
 
 NAMESPACE = "tradewind"  # of expert groups, in which a new router finds those of its predecessor
 WATCH_PERIOD_S = 1.0
+REPORT_TIMEOUT_S = 1.0
 ENGINE_REPORT_TTL_S = 5.0  # an engine that has not reported for this long is no longer shown
+MAX_FAILED_STARTS = 3  # of one group, before the first placement
 
 
 @dataclass
@@ -31,51 +35,50 @@ class _Member:
     slots: tuple[tuple[int, int], ...]
     handle: ActorHandle
     group: Group | None = None  # None until its weights are read
+    renewal: "ray.ObjectRef | None" = None  # the answer that we wait for
+    asked_at: float = 0.0
+    failed_starts: int = 0
 
 
 @ray.remote
 class Router:
     """One per model. Control plane only: it says where experts live, and no row passes through it.
 
-    Its methods run in several of Ray's threads (`max_concurrency`, where it is deployed).
+    Its methods run in several of Ray's threads (`max_concurrency`, where it is deployed); `_members` belong
+    to the watching thread, but that others read `handle` and `group`.
     """
 
     def __init__(self, app: str, model: ModelSettings, checkpoint: str, secret: bytes) -> None:
         self._model = model
         self._checkpoint = checkpoint
         self._secret = secret
-        self._changed = threading.Condition()
-        self._placement = Placement(epoch=0, groups=())
-        self._last_epoch = 0  # the highest that any router of this model has published
+        self._epochs = Epochs()
         self._engines: dict[str, tuple[float, EngineReport]] = {}
-        config = ModelConfig.from_checkpoint(Path(checkpoint))
         self._members: list[_Member] = []
         if model.expert_groups:
-            shares = even(config.num_layers, config.num_experts, model.expert_groups)
-            for index, slots in enumerate(shares):
-                name = f"{app}/{model.name}/{index}"
+            config = ModelConfig.from_checkpoint(Path(checkpoint))
+            for index, slots in enumerate(even(config.num_layers, config.num_experts, model.expert_groups)):
+                # A group is taken over from an earlier router only if it holds just this, for just us.
+                identity = hashlib.sha256(secret + repr((checkpoint, slots)).encode()).hexdigest()[:8]
+                name = f"{app}/{model.name}/{index}-{identity}"
                 self._members.append(_Member(name, slots, self._start(name, slots)))
         threading.Thread(target=self._watch, name="watch-groups", daemon=True).start()
 
     def placement_after(self, epoch: int, timeout_s: float) -> Placement | None:
-        """Wait for a placement that is newer than `epoch`; None if none comes within `timeout_s`.
+        """Wait for a placement newer than `epoch`; None if none comes in time.
 
-        Epochs outlive routers: a new one learns from its engines how far its predecessor has counted.
+        Raises ValueError with the reason if the groups can't be started.
         """
-        with self._changed:
-            self._last_epoch = max(self._last_epoch, epoch)
-            self._changed.wait_for(lambda: self._placement.epoch > epoch, timeout_s)
-            return self._placement if self._placement.epoch > epoch else None
+        return self._epochs.after(epoch, timeout_s)
 
     def report_engine(self, report: EngineReport) -> None:
         """Note an engine's state."""
-        with self._changed:
-            self._engines[report.process.name] = (time.monotonic(), report)
+        self._engines[report.process.name] = (time.monotonic(), report)
 
     def report(self) -> ModelReport:
         """Return the state of the model's processes; a group that does not answer at once is left out."""
         calls = [member.handle.report.remote() for member in self._members if member.group]
-        ready = ray.wait(calls, num_returns=len(calls), timeout=1.0)[0] if calls else []
+        ready = ray.wait(calls, num_returns=len(calls), timeout=REPORT_TIMEOUT_S)[0] if calls else []
         groups: list[GroupReport] = []
         for call in ready:
             try:
@@ -83,12 +86,9 @@ class Router:
             except RayError as error:
                 logger.info("a group could not report: %s", error)
         fresh = time.monotonic() - ENGINE_REPORT_TTL_S
-        with self._changed:
-            engines = tuple(report for when, report in self._engines.values() if when > fresh)
-            epoch = self._placement.epoch
-        return ModelReport(
-            self._model.name, epoch, Process.this("Router", self._model.name), engines, tuple(groups)
-        )
+        engines = tuple(report for when, report in list(self._engines.values()) if when > fresh)
+        this = Process.this("Router", self._model.name)
+        return ModelReport(self._model.name, self._epochs.newest.epoch, this, engines, tuple(groups))
 
     def _start(self, name: str, slots: tuple[tuple[int, int], ...]) -> ActorHandle:
         options = ray.remote(ExpertGroup).options(
@@ -106,34 +106,46 @@ class Router:
     def _watch(self) -> None:
         """Renew the leases of all groups, replace the dead, and publish what has changed."""
         while True:
-            renewals = [member.handle.renew_lease.remote() for member in self._members]
-            for member, renewal in zip(self._members, renewals, strict=True):
-                self._follow(member, renewal)
-            self._publish()
-            time.sleep(WATCH_PERIOD_S)
+            started_at = time.monotonic()
+            try:
+                self._renew_leases()
+                self._publish()
+            except Exception:  # whatever it was, groups must not lose their leases over it
+                logger.exception("watching the expert groups failed; it goes on")
+            time.sleep(max(0.0, started_at + WATCH_PERIOD_S - time.monotonic()))
 
-    def _follow(self, member: _Member, renewal: "ray.ObjectRef[Group]") -> None:
-        # Until its weights are read, a group answers nothing; nobody waits for us meanwhile.
-        timeout_s = WATCH_PERIOD_S if member.group else None
+    def _renew_leases(self) -> None:
+        """Ask each group that owes no answer, and take the answers that have come; wait for nobody alone."""
+        for member in self._members:
+            if member.renewal is None:
+                member.renewal, member.asked_at = member.handle.renew_lease.remote(), time.monotonic()
+        renewals = [member.renewal for member in self._members]
+        ready = ray.wait(renewals, num_returns=len(renewals), timeout=WATCH_PERIOD_S)[0] if renewals else []
+        for member in self._members:
+            if member.renewal in ready:
+                self._take_answer(member)
+            elif member.group and time.monotonic() - member.asked_at > LEASE_S:
+                # One that reads its weights may take its time; this one has read them, and is stuck.
+                logger.warning("%s has not answered for %s s and is ended", member.name, LEASE_S)
+                ray.kill(member.handle)
+
+    def _take_answer(self, member: _Member) -> None:
         try:
-            group: Group = ray.get(renewal, timeout=timeout_s)
+            member.group = ray.get(member.renewal)
         except RayActorError as error:
             logger.warning("%s is lost and will be replaced: %s", member.name, error)
+            if member.group is None:
+                member.failed_starts += 1
+            if member.failed_starts >= MAX_FAILED_STARTS and self._epochs.newest.epoch == 0:
+                self._epochs.fail(f"expert group {member.name} could not be started: {error}")
             member.group = None
             member.handle = self._start(member.name, member.slots)
-        except RayError as error:
-            logger.warning("%s does not answer: %s", member.name, error)
         else:
-            member.group = group
+            member.failed_starts = 0
+        member.renewal = None
 
     def _publish(self) -> None:
         groups = tuple(member.group for member in self._members if member.group)
-        if len(groups) < len(self._members) and self._placement.epoch == 0:
-            return  # nothing can be served before every expert is there
-        with self._changed:
-            if groups == self._placement.groups and self._placement.epoch >= max(self._last_epoch, 1):
-                return
-            self._last_epoch += 1
-            self._placement = Placement(self._last_epoch, groups)
-            self._changed.notify_all()
-        logger.info("epoch %s: %s groups", self._placement.epoch, len(groups))
+        # Nothing can be served before every expert is there.
+        if len(groups) == len(self._members) or self._epochs.newest.epoch > 0:
+            self._epochs.publish(groups)

@@ -8,8 +8,6 @@ from collections.abc import Callable
 import ray
 from ray import serve
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 
 from cluster.actors.reports import EngineReport, ModelReport
 from router.placement import Placement
@@ -31,6 +29,7 @@ class RouterClient:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._placement = Placement(epoch=0, groups=())
+        self._failure: str | None = None  # why there will never be a placement
         threading.Thread(target=self._follow, name="follow-router", daemon=True).start()
 
     def current(self) -> Placement:
@@ -43,6 +42,13 @@ class RouterClient:
             self._changed.wait_for(lambda: self._placement.epoch > epoch, timeout_s)
             return self._placement
 
+    def wait_first(self, timeout_s: float) -> None:
+        """Wait until there is a placement. Raises ValueError with the reason if there will be none."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure or self._placement.epoch, timeout_s)
+        if self._placement.epoch == 0:
+            raise ValueError(self._failure or f"the expert groups were not there within {timeout_s:g} s")
+
     def report_every(self, period_s: float, make_report: Callable[[], EngineReport]) -> None:
         """Report to the router now and then, from a thread of its own."""
 
@@ -50,7 +56,7 @@ class RouterClient:
             while True:
                 try:
                     _router().report_engine.remote(make_report())
-                except (RayError, RayServeException) as error:
+                except Exception as error:  # a report that is not sent must not be the last
                     logger.debug("the router could not be told: %s", error)
                 time.sleep(period_s)
 
@@ -67,14 +73,18 @@ class RouterClient:
                 newer: Placement | None = ray.get(
                     _router().placement_after.remote(self._placement.epoch, POLL_TIMEOUT_S)
                 )
-            except (RayError, RayServeException) as error:
+            except ValueError as error:
+                self._failure = str(error).strip().splitlines()[-1]
+            except Exception as error:  # whatever it is, the next router's placement must reach us
                 logger.warning("the router does not answer: %s", error)
                 time.sleep(RETRY_S)
                 continue
-            if newer is not None:
-                with self._changed:
-                    self._placement = newer
-                    self._changed.notify_all()
+            else:
+                self._placement = newer or self._placement
+            with self._changed:
+                self._changed.notify_all()
+            if self._failure:
+                return
 
 
 def _router() -> ActorHandle:

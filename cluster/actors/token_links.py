@@ -8,18 +8,19 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 from cluster.engine.request import TokenEvent
 from cluster.engine.token_wire import decode_events, encode_events
 from router.links.address import Address
 from router.links.base import Frame, Kind, Link, LinkLost
 from router.links.listener import Listener
-from router.links.stream import connect
+from router.links.stream import StreamLink, connect
 
 logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
+IDLE_PERIOD_S = 10.0  # how soon the death of an idle gateway is noticed
 
 
 class TokenSender:
@@ -28,8 +29,8 @@ class TokenSender:
     def __init__(self, secret: bytes, name: str, on_lost: Callable[[str, Callable[[], None]], None]) -> None:
         """`on_lost(gateway, then)` is called, from the link's thread, when a gateway can't be reached.
 
-        It must end that gateway's requests, and call `then` from the thread that calls `send`, once no more
-        events of those will come: only then may another link be tried, or an answer could have a hole.
+        It must end that gateway's requests, and then call `then` from the thread that calls `send`: no token
+        of theirs may come behind it, as it would go over a new link, and their answers would have a hole.
         """
         self._secret = secret
         self._name = name
@@ -53,7 +54,7 @@ class TokenSender:
         try:
             link = connect(Address.parse(gateway), self._secret, self._name, CONNECT_TIMEOUT_S)
             try:
-                while (events := outbox.get()) is not None:
+                while (events := _next(outbox, link)) is not None:
                     link.send(Frame(Kind.TOKENS, meta=encode_events(events)))
             finally:
                 link.close()
@@ -65,6 +66,15 @@ class TokenSender:
 
     def _forget(self, gateway: str) -> None:
         self._outboxes.pop(gateway).put(None)
+
+
+def _next(outbox: "SimpleQueue[list[TokenEvent] | None]", link: StreamLink) -> list[TokenEvent] | None:
+    """Wait for the next events; look now and then whether the gateway is still there. Raises LinkLost."""
+    while True:
+        try:
+            return outbox.get(timeout=IDLE_PERIOD_S)
+        except Empty:
+            link.poll()  # gateways send nothing, but an end of file
 
 
 class TokenReceiver:

@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from cluster.demo import DEMO_MODELS, DENSE, SPARSE
 from cluster.demo.download import download
 from cluster.demo.gguf_checkpoint import GgufCheckpoint
 from cluster.demo.upcycle import sparse_config, sparse_layer
+from shards.cores import usable_cores
 
 LAYERS_PER_SHARD = {DENSE: 30, SPARSE: 5}  # files of 270 and about 230 MB: what is in memory at a time
 
@@ -62,7 +62,7 @@ def _only_builder(home: Path) -> Iterator[None]:
 
 
 def _write_checkpoint(name: str, source: GgufCheckpoint, directory: Path, progress: Progress) -> None:
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
 
         def layer_tensors(layer: int) -> Weights:
             dense = source.layer_tensors(layer)

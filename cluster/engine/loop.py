@@ -38,11 +38,13 @@ class EngineLoop:
         deliver: Callable[[str, list[TokenEvent]], None],
         observer: EngineObserver,
         max_open: int,
+        on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine = engine
         self._deliver = deliver
         self._observer = observer
         self._max_open = max_open
+        self._on_failure = on_failure
         self._open: dict[str, _Open] = {}  # by request id; touched by the thread alone
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._stopping = False
@@ -100,6 +102,8 @@ class EngineLoop:
                 open_.future.set_exception(EngineStopped("the engine has stopped"))
             self._open.clear()
             self._turn_away()
+            if self.failure:
+                self._on_failure()
 
     def _turn_away(self) -> None:
         """Refuse what is still in the inbox: nobody will step for it. Safe from any thread."""

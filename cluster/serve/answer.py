@@ -77,6 +77,13 @@ async def measured(
             yield event
 
 
+async def in_turn(turns: asyncio.Semaphore, stream: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+    """Pass a stream on, once it is its turn; it has begun nothing before."""
+    async with turns, aclosing(stream):
+        async for item in stream:
+            yield item
+
+
 async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
     """Yield (index of the stream, item) in the order of arrival. The first error closes all streams."""
     if len(streams) == 1:

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from cluster.engine.request import GenerationRequest
 from cluster.metrics import GatewayMetrics
-from cluster.serve.answer import Piece, measured, merged, pieces
+from cluster.serve.answer import Piece, in_turn, measured, merged, pieces
 from cluster.serve.connection import EventStream, read_json, while_connected
 from cluster.serve.engine_client import EngineLost, EngineOverloaded, EngineUnavailable
 from cluster.serve.errors import ApiError, internal, overloaded, unavailable
@@ -25,6 +25,9 @@ from cluster.serve.openai_responses import ChatWriter, CompletionWriter, Envelop
 from cluster.serve.served_model import ServedModel
 from cluster.serve.submission import chat_prompt, completion_prompts, submissions
 from cluster.text.detokenizer import Detokenizer
+
+# A request may ask for more choices than any engine holds; all at once, they would be refused for ever.
+MAX_CHOICES_AT_ONCE = 32
 
 ENGINE_ERRORS = (EngineLost, EngineOverloaded, EngineUnavailable)
 
@@ -130,12 +133,17 @@ class Completions:
     async def _run(
         self, model: ServedModel, requests: Sequence[GenerationRequest], stop: Sequence[str]
     ) -> Pieces:
-        """Submit all requests and yield what comes of them."""
+        """Submit all requests, MAX_CHOICES_AT_ONCE at a time, and yield what comes of them."""
+        turns = asyncio.Semaphore(MAX_CHOICES_AT_ONCE)
         metrics = self.metrics
         journal = Journal(model.engine, self.retry, metrics.resubmissions.labels(model.name))
         choices = [
-            pieces(
-                measured(journal.generate(request), metrics, model.name), Detokenizer(model.tokenizer, stop)
+            in_turn(
+                turns,
+                pieces(
+                    measured(journal.generate(request), metrics, model.name),
+                    Detokenizer(model.tokenizer, stop),
+                ),
             )
             for request in requests
         ]

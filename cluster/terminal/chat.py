@@ -7,6 +7,8 @@ from contextlib import suppress
 import httpx
 from rich.console import Console
 
+from cluster.terminal.errors import answered, sentence
+
 with suppress(ImportError):  # not on every system
     import readline  # noqa: F401  # gives input() line editing and history
 
@@ -61,13 +63,16 @@ class Chat:
         except httpx.HTTPError as error:
             if answer:
                 self._console.print()
-            self._console.print(str(error), style="red", markup=False)
+            self._console.print(sentence(error), style="red", markup=False)
             return
         self._console.print()
         self._messages = [*asked, {"role": "assistant", "content": answer}]
 
     def _stream(self, messages: list[dict[str, str]]) -> Iterator[str]:
-        """Yield the answer's text as it comes; leaving early closes the connection, and so the request."""
+        """Yield the answer's text as it comes; leaving early closes the connection, and so the request.
+
+        Raises httpx.HTTPError, also for an answer that is not whole.
+        """
         body = {
             "model": self._model,
             "messages": messages,
@@ -77,21 +82,17 @@ class Chat:
         with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.is_error:
                 response.read()
-                raise httpx.HTTPError(_message(response))
+                raise httpx.HTTPError(answered(response))
+            is_whole = False
             for line in response.iter_lines():
                 data = line.removeprefix("data: ")
-                if not line or data == "[DONE]":
+                is_whole = is_whole or data == "[DONE]"
+                if not line or is_whole:
                     continue
                 chunk = json.loads(data)
                 if "error" in chunk:
                     raise httpx.HTTPError(chunk["error"]["message"])
                 for choice in chunk["choices"]:
                     yield choice["delta"].get("content") or ""
-
-
-def _message(response: httpx.Response) -> str:
-    """Return what an answer that is an error says; it may be a proxy's, which has no body of ours."""
-    try:
-        return str(response.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"{response.status_code} {response.reason_phrase}"
+            if not is_whole:
+                raise httpx.HTTPError("the answer broke off: its stream ended without [DONE]")

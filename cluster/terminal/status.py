@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import httpx
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
+
+from cluster.terminal.errors import sentence
 
 PERIOD_S = 1.0
 TIMEOUT_S = 10.0
@@ -20,7 +23,10 @@ def print_json(url: str) -> None:
 
 
 def show(url: str, console: Console) -> None:
-    """Show the table, in a terminal again each second until Ctrl-C. Raises httpx.HTTPError."""
+    """Show the table, in a terminal again each second until Ctrl-C.
+
+    Raises httpx.HTTPError if it fails at first; later, something may be restarting.
+    """
     status = _fetch(url)
     if not console.is_terminal:
         console.print(render(status))
@@ -29,9 +35,17 @@ def show(url: str, console: Console) -> None:
         with Live(render(status), console=console, auto_refresh=False) as live:
             while True:
                 time.sleep(PERIOD_S)
-                live.update(render(_fetch(url)), refresh=True)
+                live.update(current(url), refresh=True)
     except KeyboardInterrupt:
         pass
+
+
+def current(url: str) -> RenderableType:
+    """Fetch what to show now: the tables, or a sentence about why there are none."""
+    try:
+        return render(_fetch(url))
+    except httpx.HTTPError as error:
+        return Text(sentence(error), style="red")
 
 
 def render(status: Mapping[str, Any]) -> Group:

@@ -11,14 +11,6 @@ class Tokenizer(Protocol):
     def vocab_size(self) -> int:
         """Number of token ids, special ones included."""
 
-    @property
-    def bos_token_id(self) -> int | None:
-        """The token that begins a sequence, if the checkpoint names one."""
-
-    @property
-    def eos_token_id(self) -> int | None:
-        """The token that ends a sequence, if the checkpoint names one."""
-
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Return the tokens of `text`; a special token written out in it becomes that token.
 

@@ -21,13 +21,12 @@ class Detokenizer:
     An answer ends where a stop string is first complete; of several that end there, the longest counts.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = (), include_stop: bool = False):
-        """Begin an answer; `include_stop` keeps the stop string in it. Raises ValueError for an empty one."""
+    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()):
+        """Begin an answer. Raises ValueError for an empty stop string."""
         if "" in stop_strings:
             raise ValueError("stop holds an empty string; leave it out, or name what the answer shall end at")
         self._tokenizer = tokenizer
         self._stop_strings = tuple(stop_strings)
-        self._include_stop = include_stop
         self._longest = max(map(len, stop_strings), default=0)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""  # shown to nobody yet: a stop string may begin with it
@@ -54,9 +53,9 @@ class Detokenizer:
             (start + len(stop), start, stop) for stop in self._stop_strings if (start := text.find(stop)) >= 0
         ]
         if found:
-            end, start, self._stop = min(found)
+            _, start, self._stop = min(found)
             self._held = ""
-            return TextPiece(text[: end if self._include_stop else start], self._stop)
+            return TextPiece(text[:start], self._stop)
         safe = len(text) - self._num_held(text)
         self._held = text[safe:]
         return TextPiece(text[:safe])

@@ -12,50 +12,30 @@ from tokenizers.decoders import ByteLevel
 class HuggingFaceTokenizer:
     """A checkpoint's tokenizer.json; implements `cluster.text.base.Tokenizer`."""
 
-    def __init__(
-        self, tokenizer: tokenizers.Tokenizer, bos_token: str | None = None, eos_token: str | None = None
-    ):
+    def __init__(self, tokenizer: tokenizers.Tokenizer):
         """Wrap `tokenizer`. Raises ValueError if a token's bytes can't be told from the token alone."""
         if not isinstance(tokenizer.decoder, ByteLevel):
             kind = type(tokenizer.decoder).__name__
             raise ValueError(f"the decoder in tokenizer.json is {kind}; only ByteLevel is supported")
         self._tokenizer = tokenizer
-        self._bos_token, self._eos_token = bos_token, eos_token
         self._special_ids = {
             id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special
         }
 
     @classmethod
     def from_checkpoint(cls, directory: Path) -> "HuggingFaceTokenizer":
-        """Read tokenizer.json, and tokenizer_config.json if it is there.
-
-        Raises ValueError, naming the file, for what is missing or not supported.
-        """
+        """Read tokenizer.json. Raises ValueError, naming the file, if it is missing or not supported."""
         path = directory / "tokenizer.json"
         if not path.exists():
             raise ValueError(f"{path} does not exist; the checkpoint needs it")
-        special = special_tokens(directory)
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
-            return cls(tokenizer, special.get("bos_token"), special.get("eos_token"))
+            return cls(tokenizers.Tokenizer.from_file(str(path)))
         except Exception as error:  # the package raises bare Exception for what it can't read
             raise ValueError(f"{path}: {error}") from error
 
     @property
     def vocab_size(self) -> int:
         return int(self._tokenizer.get_vocab_size())
-
-    @property
-    def bos_token_id(self) -> int | None:
-        return self._id(self._bos_token)
-
-    @property
-    def eos_token_id(self) -> int | None:
-        return self._id(self._eos_token)
-
-    def _id(self, token: str | None) -> int | None:
-        id: int | None = None if token is None else self._tokenizer.token_to_id(token)
-        return id
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         try:

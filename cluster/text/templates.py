@@ -52,21 +52,15 @@ class ChatTemplate:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        **variables: Any,
-    ) -> str:
-        """Return the prompt's text, special tokens included; encode it without adding them again.
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Return the prompt of an answer, special tokens included; encode it without adding them again.
 
-        Everything passed must be plain JSON values: the sandbox guards what it knows. `variables` reach the
-        template by name. Raises ValueError with the template's own message if it refuses the conversation.
+        The messages must be plain JSON values: the sandbox guards what it knows. Raises ValueError with the
+        template's own message if it refuses the conversation.
         """
-        names = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": tools}
+        names = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None}
         try:
-            return self._template.render({"documents": None, **self._special_tokens, **variables, **names})
+            return self._template.render({**self._special_tokens, **names})
         except Exception as error:  # a template is a program, and may trip over its input in any way
             raise ValueError(f"the chat template refuses these messages: {error}") from error
 

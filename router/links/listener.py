@@ -9,6 +9,7 @@ import threading
 import uuid
 from collections import deque
 from pathlib import Path
+from stat import S_ISDIR, filemode
 
 from router.links.address import Address, this_host_id
 from router.links.base import LinkLost
@@ -27,7 +28,8 @@ _log = logging.getLogger(__name__)
 class Listener:
     """Accepts authenticated links on a Unix socket and on a TCP port.
 
-    Each handshake has a thread and a deadline of its own, so a silent or hostile stranger delays nobody.
+    Each handshake has a thread and a deadline of its own, so a silent or hostile stranger delays nobody. But
+    threads are bounded: 64 strangers at once delay everybody who comes after them, by that deadline at most.
     """
 
     def __init__(
@@ -42,7 +44,8 @@ class Listener:
     ) -> None:
         """Listen at once. `directory` is for the Unix socket; `host` is the name others reach this host by.
 
-        Raises ValueError if the path is too long for a socket, OSError if the system refuses.
+        The directory is created if need be, and rid of the sockets of killed processes. Raises ValueError if
+        its path is too long for a socket or if others may enter it, OSError if the system refuses.
         """
         check_identity(secret, name)
         unix_path = directory.absolute() / f"{uuid.uuid4().hex[:16]}.sock"
@@ -52,6 +55,8 @@ class Listener:
                 f"directory {str(directory)!r} is too long for Unix sockets: at most {longest} bytes"
             )
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_private(directory)
+        _remove_dead_sockets(directory)
 
         self._secret, self._name = secret, name
         self._handshake_deadline_s, self._max_frame_bytes = handshake_deadline_s, max_frame_bytes
@@ -154,6 +159,30 @@ class Listener:
             with self._lock:
                 self._greeting.discard(sock)
             self._free_threads.release()
+
+
+def _check_private(directory: Path) -> None:
+    """Raise ValueError unless `directory` is one of this user, closed to all others, and no symbolic link."""
+    status = directory.lstat()
+    if not S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise ValueError(
+            f"directory {str(directory)!r} (owner {status.st_uid}, mode {filemode(status.st_mode)}) must be "
+            f"a folder of user {os.geteuid()}, closed to all others; run chmod 700 on it, or remove it"
+        )
+
+
+def _remove_dead_sockets(directory: Path) -> None:
+    """Unlink the socket files of processes that were killed before they could do so."""
+    for path in directory.glob("*.sock"):
+        # A datagram socket: a live listener refuses it by its type, and never learns that we asked.
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:  # nobody holds it; also the answer for any other kind of file
+                if path.is_socket():
+                    path.unlink(missing_ok=True)
+            except OSError:
+                pass  # alive, or gone by now
 
 
 def _shut_down(sock: socket.socket) -> None:

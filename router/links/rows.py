@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from router.links.base import Dtype, Frame, Kind, LinkLost
+from router.links.base import Dtype, Frame, Kind
 
 # N rows   D elements of a row
 
@@ -26,12 +26,12 @@ def frame_of(
 def rows_of(frame: Frame, row_size: int) -> Tensor:
     """Return the rows of a received frame as a tensor [num_rows, row_size] over the link's own buffer.
 
-    It is valid until the next `receive` on that link. Raises LinkLost if the frame has no rows of that size.
+    It is valid until the next `receive` on that link. Raises ValueError if the rows are not of that size.
     """
     if frame.dtype == Dtype.NONE or frame.rows.nbytes != frame.num_rows * row_size * _ITEM_BYTES[frame.dtype]:
-        raise LinkLost(
-            f"protocol: {frame.num_rows} rows of {row_size} elements were due, but {frame.rows.nbytes} bytes "
-            f"of {frame.dtype.name} came"
+        raise ValueError(
+            f"rows must have {row_size} elements; {frame.num_rows} rows of {frame.dtype.name} in "
+            f"{frame.rows.nbytes} bytes do not"
         )
     if frame.dtype == Dtype.FLOAT32:
         return torch.from_numpy(np.frombuffer(frame.rows, np.float32).reshape(frame.num_rows, row_size))

@@ -171,6 +171,9 @@ def connect(address: Address, secret: bytes, name: str, timeout_s: float = DEADL
     except LinkLost:
         sock.close()
         raise
+    except OSError as error:  # of an option: some systems refuse to set any once the peer is gone
+        sock.close()
+        raise LinkLost(f"no link to {address}: {error}") from error
 
 
 def _connected_socket(address: Address, timeout_s: float) -> socket.socket:

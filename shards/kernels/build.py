@@ -8,6 +8,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from shards.home import default_home
+
 SOURCES = ("pack.cpp", "linear.cpp", "attention.cpp", "elementwise.cpp", "threads.cpp")
 HEADERS = ("simd.h", "spans.h", "threads.h")
 COMPILERS = ("g++", "clang++")
@@ -15,24 +17,24 @@ COMPILERS = ("g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-ffp-contract=off", "-Wall", "-Wextra")
 
 
+class CompilerError(ValueError):
+    """There is no C++ compiler, or it can not compile the kernels; a person has to install or choose one."""
+
+
 def library_path() -> Path:
     """Return the shared library of the kernels; compile it first if this machine has not yet.
 
     It is kept in $TRADEWIND_HOME/kernels (default ~/.cache/tradewind/kernels) under a hash of everything that
     it is made from. Compiling blocks for some seconds; several processes may do so at once. Raises
-    RuntimeError if there is no compiler, or if it fails.
+    CompilerError.
     """
     compiler = _compiler()
     flags = (*FLAGS, "-mcpu=native" if platform.machine() == "aarch64" else "-march=native")
-    library = _home() / "kernels" / f"{_fingerprint(compiler, flags)}.so"
+    library = default_home() / "kernels" / f"{_fingerprint(compiler, flags)}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         _compile(compiler, flags, library)
     return library
-
-
-def _home() -> Path:
-    return Path(os.environ.get("TRADEWIND_HOME") or Path.home() / ".cache" / "tradewind")
 
 
 def _compiler() -> str:
@@ -40,7 +42,7 @@ def _compiler() -> str:
     for name in names:
         if found := shutil.which(name):
             return found
-    raise RuntimeError(
+    raise CompilerError(
         f"the CPU kernels need a C++17 compiler, and there is none: {' and '.join(names)} not found. "
         "Install one (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; "
         "macOS: xcode-select --install), or set CXX to its path."
@@ -79,7 +81,7 @@ def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> None:
         ]
         messages = [job.communicate()[0] for job in jobs]
         if any(job.returncode for job in jobs):
-            raise RuntimeError(f"{compiler} could not compile the CPU kernels:\n{''.join(messages)}")
+            raise CompilerError(f"{compiler} could not compile the CPU kernels:\n{''.join(messages)}")
         finished = Path(folder, library.name)
         _output([compiler, "-shared", "-pthread", *objects.values(), "-o", str(finished)])
         os.replace(finished, library)
@@ -88,5 +90,5 @@ def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> None:
 def _output(command: list[str]) -> str:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}")
+        raise CompilerError(f"{' '.join(command)} failed:\n{done.stdout}")
     return done.stdout

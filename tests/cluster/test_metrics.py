@@ -29,6 +29,14 @@ def test_importing_the_file_twice_does_no_harm(tmp_path):
     python("import importlib, cluster.metrics as m; importlib.reload(m).GatewayMetrics()", tmp_path)
 
 
+def test_the_folder_of_the_node_is_made_with_the_first_metric_and_not_before(tmp_path):
+    folder = tmp_path / "node" / "metrics"
+    python("import cluster.metrics", folder)
+    assert not folder.exists()
+    python("from cluster.metrics import ExpertMetrics; ExpertMetrics().rows.labels(1, 2, 3)", folder)
+    assert list(folder.iterdir())
+
+
 def test_a_single_process_exposes_its_registry():
     registry = CollectorRegistry()
     ExpertMetrics(registry).rows.labels("m", "group-0", "3").inc(7)

@@ -156,6 +156,20 @@ def test_the_command_line_overrides_host_and_port_and_nothing_else():
     assert settings.on("0.0.0.0", 81).http == HttpSettings("0.0.0.0", 81, 3)
 
 
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:81"),
+        ("gpu-7.example.com", "http://gpu-7.example.com:81"),
+        ("0.0.0.0", "http://127.0.0.1:81"),
+        ("::", "http://[::1]:81"),
+        ("2001:db8::7", "http://[2001:db8::7]:81"),
+    ],
+)
+def test_the_url_is_where_a_client_on_this_machine_connects(host, url):
+    assert HttpSettings(host, 81).url == url
+
+
 @pytest.mark.parametrize("port", [-1, 0, 65536])
 def test_a_port_of_the_command_line_must_exist(port):
     with pytest.raises(ValueError, match=f"--port is {port}; it must be from 1 to 65535"):

@@ -139,7 +139,7 @@ def test_an_expert_that_nobody_restores_is_unavailable_after_the_deadline(serve)
 
 
 def test_the_error_of_an_unavailable_expert_can_cross_a_process():
-    error = ExpertUnavailable(7, 3, waited_s=60.0)
+    error = ExpertUnavailable(7, 3, waited_s=60.0, last_loss="expert group 'g' is lost: why not")
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
@@ -183,21 +183,65 @@ def test_a_newer_placement_is_followed_and_links_it_does_not_need_are_closed(ser
     assert opened[old.group.address].fileno() == -1
 
 
-def test_a_groups_error_is_raised_with_its_name_and_leaves_no_answer_behind(serve):
-    failing = True
+def fails_in_run(number: int):
+    """Return a `before_run` that makes the group report an error for one question."""
+    runs = 0
 
-    def fail_once() -> None:
-        nonlocal failing
-        if failing:
-            failing = False
+    def before_run() -> None:
+        nonlocal runs
+        runs += 1
+        if runs == number:
             raise OverflowError("no room")
 
-    left, right = even(NUM_LAYERS, NUM_EXPERTS, 2)
-    groups = [serve("bad", left, before_run=fail_once).group, serve("good", right).group]
+    return before_run
+
+
+@pytest.mark.parametrize("number", [1, 5])
+def test_rows_of_a_group_that_reports_an_error_come_from_the_replicas(serve, number: int, caplog):
+    groups = [serve("bad", ALL, before_run=fails_in_run(number)).group, serve("other", ALL).group]
     dispatch = dispatcher_of(PushedPlacements(*groups))
-    with pytest.raises(RuntimeError, match=r"expert group 'bad' reports: slot .* failed: .*no room"):
-        check(dispatch, seed=0)
+    check(dispatch, seed=0)
     check(dispatch, seed=1)
+    assert "expert group 'bad' is lost: it reports: slot" in caplog.text
+
+
+def test_without_a_replica_a_group_that_reported_an_error_is_asked_again(serve):
+    left, right = even(NUM_LAYERS, NUM_EXPERTS, 2)
+    groups = [serve("bad", left, before_run=fails_in_run(1)).group, serve("good", right).group]
+    dispatch = dispatcher_of(PushedPlacements(*groups))
+    check(dispatch, seed=0)
+    check(dispatch, seed=1)
+
+
+def test_an_unavailable_expert_tells_what_its_group_reported(serve):
+    def fail() -> None:
+        raise OverflowError("no room")
+
+    dispatch = dispatcher_of(PushedPlacements(serve("bad", ALL, before_run=fail).group), deadline_s=0)
+    with pytest.raises(ExpertUnavailable, match=r"expert group 'bad' is lost: it reports: slot .*no room"):
+        check(dispatch, seed=0)
+
+
+def test_rows_never_go_to_another_group_that_answers_at_the_address(serve):
+    impostor, other = serve("impostor", ALL), serve("other", ALL)
+    opened: dict[str, Link] = {}
+
+    def connect(address: str) -> Link:
+        opened[address] = open_link(address)
+        return opened[address]
+
+    moved = Group("moved", impostor.group.address, ALL)
+    dispatch = dispatcher_of(PushedPlacements(moved, other.group), connect)
+    check(dispatch, seed=0)
+    assert sum(impostor.service.rows_per_slot) == 0
+    assert opened[moved.address].fileno() == -1
+
+
+def test_an_unavailable_expert_tells_that_another_process_answers(serve):
+    moved = Group("moved", serve("impostor", ALL).group.address, ALL)
+    dispatch = dispatcher_of(PushedPlacements(moved), deadline_s=0)
+    with pytest.raises(ExpertUnavailable, match="'moved' is lost: another process answers there: 'impostor'"):
+        check(dispatch, seed=0)
 
 
 class AnswersLate:

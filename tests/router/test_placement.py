@@ -18,24 +18,31 @@ def placements(draw: st.DrawFn) -> Placement:
     return Placement(draw(st.integers(0, 9)), tuple(groups))
 
 
+def places_of(placement: Placement, layer: int, expert: int) -> list[int]:
+    """Look through all slots."""
+    return [
+        int(placement.first_place_G1[index]) + slot
+        for index, group in enumerate(placement.groups)
+        for slot, held in enumerate(group.slots)
+        if held == (layer, expert)
+    ]
+
+
 @given(placements())
-def test_every_slot_is_found_under_its_expert(placement: Placement):
+def test_consecutive_rows_take_turns_through_every_replica(placement: Placement):
     for layer in range(NUM_LAYERS):
         for expert in range(NUM_EXPERTS):
-            assert list(placement.replicas(layer, expert)) == [
-                (index, slot)
-                for index, group in enumerate(placement.groups)
-                for slot, held in enumerate(group.slots)
-                if held == (layer, expert)
-            ]
+            places = places_of(placement, layer, expert)
+            row_N = np.arange(len(places))
+            chosen_N = placement.choose(layer, np.full_like(row_N, expert), row_N)
+            assert sorted(chosen_N.tolist()) == places
 
 
 @given(placements(), st.integers(0, NUM_LAYERS), st.lists(st.integers(0, NUM_EXPERTS)))
 def test_a_chosen_place_is_a_replica_of_the_rows_expert_or_there_is_none(placement, layer, experts):
     place_N = placement.choose(layer, np.array(experts, np.int64), np.arange(len(experts)))
     for place, expert in zip(place_N.tolist(), experts, strict=True):
-        replicas = placement.replicas(layer, expert)
-        places = [int(placement.first_place_G1[group]) + slot for group, slot in replicas]
+        places = places_of(placement, layer, expert)
         assert place in places if places else place == -1
 
 

@@ -17,7 +17,6 @@ FIELDS = {
     "intermediate_size": 96,
     "max_position_embeddings": 128,
     "rms_norm_eps": 1e-5,
-    "torch_dtype": "bfloat16",
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
     "eos_token_id": 2,
@@ -64,7 +63,6 @@ def test_stop_tokens_of_both_files_count(tmp_path):
         ("sliding_window", 0, "'sliding_window' must be a positive int, but it is 0"),
         ("attention_bias", True, "attention_bias is not supported; it must be false"),
         ("rope_scaling", {"rope_type": "yarn"}, "rope type 'yarn' is not supported"),
-        ("torch_dtype", "int8", "dtype 'int8' is not supported"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_would_be_right(tmp_path, field, value, message):

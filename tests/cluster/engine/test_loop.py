@@ -38,7 +38,7 @@ class Gate:
 class Served:
     """An engine's loop, and what it delivered: {gateway: [events]}."""
 
-    def __init__(self, max_open=8, max_running=8, context_length=1000):
+    def __init__(self, max_open=8, max_running=8, context_length=1000, on_failure=lambda: None):
         self.gate = Gate(FakeRunner(64, 64))
         self.engine = Engine(
             self.gate,
@@ -56,6 +56,7 @@ class Served:
             lambda gateway, events: self.delivered.setdefault(gateway, []).extend(events),
             EngineObserver(EngineMetrics(self.registry), "m"),
             max_open,
+            on_failure,
         )
 
     def tokens(self, gateway, request_id):
@@ -282,3 +283,14 @@ def test_the_time_to_the_first_token_is_observed_once_per_request(served):
 def test_an_engine_that_never_stepped_says_how_many_blocks_it_has(served):
     one = served()
     assert one.registry.get_sample_value("tradewind_engine_kv_blocks", {"model": "m"}) == 64
+
+
+def test_a_failed_step_is_told_once_and_a_stop_is_not(served):
+    told = []
+    stopped = served(on_failure=lambda: told.append("stopped"))
+    broken = served(on_failure=lambda: told.append("broken"))
+    stopped.loop.stop()
+    with pytest.raises(EngineStopped):
+        broken.loop.submit(request(prompt=("no token",)), "gateway").result(DEADLINE_S)
+    broken.loop.stop()
+    assert told == ["broken"]

@@ -20,7 +20,6 @@ CONFIG = ModelConfig(
     rope_theta=10_000.0,
     rms_norm_eps=1e-5,
     tie_embeddings=False,
-    dtype="bfloat16",
 )
 
 

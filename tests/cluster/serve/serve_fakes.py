@@ -28,11 +28,11 @@ def byte_tokenizer() -> HuggingFaceTokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
-    return HuggingFaceTokenizer(tokenizer, eos_token="</s>")
+    return HuggingFaceTokenizer(tokenizer)
 
 
 TOKENIZER = byte_tokenizer()
-EOS: int = TOKENIZER.eos_token_id  # type: ignore[assignment]
+(EOS,) = TOKENIZER.encode("</s>")
 
 
 def tokens(text: str) -> tuple[int, ...]:
@@ -51,6 +51,8 @@ class ScriptedEngine:
     hang_after: int | None = None  # tokens; then nothing comes any more
     num_cached: int = 0
     submissions: list[GenerationRequest] = field(default_factory=list)
+    at_once: int = 0  # requests that are running
+    most_at_once: int = 0
     hanging: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))  # released by each
     aborted: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))  # released by each
 
@@ -59,7 +61,10 @@ class ScriptedEngine:
         num_ok, error = self.failures.pop(0) if self.failures else (None, None)
         script = (*tokens(self.answer(TOKENIZER.decode(request.prompt))), EOS)
         ended = False
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
         try:
+            await asyncio.sleep(0)  # let others begin
             for position in range(len(request.emitted), request.max_tokens):
                 if error and position - len(request.emitted) == num_ok:
                     ended = True
@@ -73,6 +78,7 @@ class ScriptedEngine:
                 if ended:
                     return
         finally:
+            self.at_once -= 1
             if not ended:
                 self.aborted.release()
 

@@ -3,6 +3,8 @@
 import pytest
 from serve_fakes import EOS, tokens
 
+from cluster.serve.completions import MAX_CHOICES_AT_ONCE
+
 
 def complete(client, prompt="Once", **fields):
     return client.completions.create(model="base", prompt=prompt, **fields)
@@ -37,6 +39,16 @@ def test_a_list_of_prompts_gets_n_choices_for_each_in_order(client, engine, prom
     ]
     assert answer.usage.prompt_tokens == 3
     assert answer.usage.completion_tokens == 2 * 3 + 2 * 2
+
+
+def test_choices_beyond_those_that_run_at_once_wait_their_turn_and_keep_their_order(client, engine):
+    engine.answer = lambda prompt: prompt.upper()
+    prompts = [f"p{number}" for number in range(MAX_CHOICES_AT_ONCE + 8)]
+    answer = complete(client, prompts, n=2)
+    assert [choice.text for choice in answer.choices] == [
+        prompt.upper() for prompt in prompts for _ in range(2)
+    ]
+    assert engine.most_at_once == MAX_CHOICES_AT_ONCE
 
 
 def test_a_prompt_has_the_same_seed_whatever_prompts_come_with_it(client, engine):

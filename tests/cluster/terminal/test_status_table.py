@@ -1,8 +1,13 @@
 import io
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx
+import pytest
 from rich.console import Console
 
-from cluster.terminal.status import render
+from cluster.terminal.status import current, render, show
 
 
 def process(kind, name, pid):
@@ -100,3 +105,39 @@ def test_a_model_without_groups_has_no_table_of_experts():
 def test_a_deployment_whose_processes_are_gone_shows_what_is_left():
     (processes,) = tables({**SPARSE, "engines": [], "groups": []})
     assert [row[0] for row in processes] == ["Gateway", "Router"]
+
+
+@pytest.fixture
+def failing():
+    """The URL of a real HTTP server that answers everything with 503, as our gateway words it."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(503)
+            self.end_headers()
+            self.wfile.write(b'{"error": {"message": "the router does not answer"}}')
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_error_stands_where_the_table_was(failing):
+    assert str(current(failing)) == f"{failing}/status answers: the router does not answer"
+
+
+def test_an_endpoint_that_is_gone_for_now_is_named():
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        assert str(current(url)).startswith(f"nobody answers at {url}/")
+
+
+def test_what_fails_at_first_is_raised(failing):
+    with pytest.raises(httpx.HTTPStatusError):
+        show(failing, Console(file=io.StringIO(), force_terminal=True))

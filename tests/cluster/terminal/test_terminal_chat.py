@@ -139,6 +139,13 @@ def test_an_error_in_mid_stream_is_shown_behind_what_came(endpoint, talk):
     assert len(endpoint.asked[1]["messages"]) == 1
 
 
+def test_a_stream_that_ends_without_done_is_called_broken_off(endpoint, talk):
+    endpoint.streams([json.dumps({"choices": [{"delta": {"content": "Once"}}]})])
+    endpoint.answers_with("Hello")
+    assert "Once\nthe answer broke off: its stream ended without [DONE]\n" in talk("Tell", "Hi")
+    assert len(endpoint.asked[1]["messages"]) == 1
+
+
 @pytest.mark.parametrize("body", ["<html>No server is available</html>", "[]", '{"error": "gone"}', ""])
 def test_an_error_of_a_proxy_is_shown_by_its_status(endpoint, talk, body):
     endpoint.fails_with(503, body, "text/html")

@@ -14,7 +14,7 @@ from cluster.text.huggingface import HuggingFaceTokenizer
 class Bytes:
     """A tokenizer whose ids are bytes; ids from 256 on are special."""
 
-    vocab_size, bos_token_id, eos_token_id = 300, None, None
+    vocab_size = 300
 
     def encode(self, text, add_special_tokens=False):
         return list(text.encode())
@@ -39,13 +39,13 @@ def text_of(detokenizer, chunks):
     return "".join(piece.text for piece in pieces(detokenizer, chunks))
 
 
-def cut(text, stop_strings, include_stop):
+def cut(text, stop_strings):
     """The obvious way: look at every prefix of the whole text, shortest first."""
     for end in range(len(text) + 1):
         ending = [stop for stop in stop_strings if text[:end].endswith(stop)]
         if ending:
             stop = max(ending, key=len)
-            return text[: end if include_stop else end - len(stop)], stop
+            return text[: end - len(stop)], stop
     return text, None
 
 
@@ -68,15 +68,14 @@ def test_the_pieces_of_any_text_are_whole_characters(text):
 @given(
     text=st.text("abcé", max_size=30),
     stop_strings=st.lists(st.text("abcé", min_size=1, max_size=5), max_size=4),
-    include_stop=st.booleans(),
     data=st.data(),
 )
-def test_stop_strings_cut_as_if_the_whole_text_were_there(text, stop_strings, include_stop, data):
+def test_stop_strings_cut_as_if_the_whole_text_were_there(text, stop_strings, data):
     tokens = list(text.encode())
     cuts = sorted(data.draw(st.lists(st.integers(0, len(tokens)), max_size=8)))
     chunks = [tokens[a:b] for a, b in zip([0, *cuts], [*cuts, len(tokens)], strict=True)]
-    got = pieces(Detokenizer(Bytes(), stop_strings, include_stop), chunks)
-    assert ("".join(piece.text for piece in got), got[-1].stop) == cut(text, stop_strings, include_stop)
+    got = pieces(Detokenizer(Bytes(), stop_strings), chunks)
+    assert ("".join(piece.text for piece in got), got[-1].stop) == cut(text, stop_strings)
 
 
 @given(text=st.text("abc", max_size=30), stop=st.text("abc", min_size=1, max_size=5))
@@ -124,11 +123,6 @@ def test_what_only_began_like_a_stop_string_is_shown_later():
         TextPiece(" "),
         TextPiece("s"),
     ]
-
-
-def test_the_stop_string_is_kept_if_asked_for():
-    detokenizer = Detokenizer(Bytes(), ["\n\n"], include_stop=True)
-    assert detokenizer.feed(b"a\n\nb") == TextPiece("a\n\n", "\n\n")
 
 
 def test_behind_a_stop_string_nothing_more_is_shown():

@@ -9,9 +9,8 @@ HI = {"role": "user", "content": "Hi! <b>&</b>"}
 HELLO = {"role": "assistant", "content": "Hello — how can I help?"}
 PIRATE = {"role": "system", "content": "You are a pirate."}
 CONVERSATIONS = [[HI], [PIRATE, HI], [HI, HELLO, HI], [PIRATE, HI, HELLO, HI, HELLO], [HELLO]]
-WEATHER = {"type": "function", "function": {"name": "weather", "description": "“how” is it <here>?"}}
 
-# As Mistral's do: roles that alternate, tools as JSON, loop control, tests for absent values.
+# As Mistral's do: roles that alternate, text as JSON, loop control, tests for absent values.
 STRICT = """{{- bos_token }}
 {%- for message in messages %}
     {%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}
@@ -19,14 +18,14 @@ STRICT = """{{- bos_token }}
     {%- endif %}
     {%- if message.role == 'user' %}
         {%- if loop.last and tools is not none %}
-            {{- '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}
+            {{- raise_exception('Nobody has passed tools') }}
         {%- endif %}
-        {{- '[INST] ' + message.content + '[/INST]' }}
+        {{- '[INST] ' + (message.content | tojson) + '[/INST]' }}
         {%- continue %}
     {%- endif %}
     {{- ' ' + message.content + eos_token }}
 {%- endfor %}
-{% if mood is defined %}
+{% if mood is defined or documents is not none %}
     {{ mood }}
 {% endif %}
 """
@@ -48,10 +47,9 @@ def strict(oracle):
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS)
-@pytest.mark.parametrize("prompt", [True, False])
-def test_smollm2s_template_renders_as_in_transformers(template, oracle, messages, prompt):
-    want = oracle.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    assert template.render(messages, add_generation_prompt=prompt) == want
+def test_smollm2s_template_renders_as_in_transformers(template, oracle, messages):
+    want = oracle.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert template.render(messages) == want
 
 
 def test_smollm2_gets_its_default_system_prompt(template):
@@ -60,14 +58,10 @@ def test_smollm2_gets_its_default_system_prompt(template):
     )
 
 
-@pytest.mark.parametrize("tools", [None, [WEATHER]])
-@pytest.mark.parametrize("variables", [{}, {"mood": "<sunny>"}])
-def test_a_strict_template_renders_as_in_transformers(strict, oracle, tools, variables):
-    messages = [HI, HELLO, HI]
-    want = oracle.apply_chat_template(
-        messages, tools=tools, chat_template=STRICT, tokenize=False, **variables
-    )
-    assert strict.render(messages, add_generation_prompt=False, tools=tools, **variables) == want
+def test_a_strict_template_renders_as_in_transformers(strict, oracle):
+    messages = [HI, HELLO, {"role": "user", "content": "“how” is it <here>?"}]
+    want = oracle.apply_chat_template(messages, chat_template=STRICT, tokenize=False)
+    assert strict.render(messages) == want
 
 
 def test_a_template_refuses_with_its_own_words(strict):

@@ -163,5 +163,46 @@ def test_a_directory_too_long_for_a_unix_socket_is_a_users_mistake(tmp_path: Pat
         Listener(SECRET, "group", tmp_path / ("x" * 100), "127.0.0.1")
 
 
+@pytest.mark.parametrize("mode", [0o750, 0o701, 0o777])
+def test_a_directory_that_others_may_enter_is_a_users_mistake(tmp_path: Path, mode: int):
+    tmp_path.chmod(mode)
+    with pytest.raises(ValueError, match=r"closed to all others; run chmod 700 on it"):
+        Listener(SECRET, "group", tmp_path, "127.0.0.1")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_a_directory_of_another_user_is_a_users_mistake(tmp_path: Path):
+    os.chown(tmp_path, 12345, -1)
+    with pytest.raises(ValueError, match=r"\(owner 12345, mode drwx------\) must be a folder of user 0"):
+        Listener(SECRET, "group", tmp_path, "127.0.0.1")
+
+
+def test_a_directory_behind_a_symbolic_link_is_a_users_mistake(tmp_path: Path):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="mode lrwxrwxrwx"):
+        Listener(SECRET, "group", link, "127.0.0.1")
+
+
+def test_a_new_listener_removes_the_sockets_of_killed_processes_and_nothing_else(tmp_path: Path):
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(tmp_path / "dead.sock"))
+    (tmp_path / "file.sock").touch()
+    with socket.socket(socket.AF_UNIX) as starting:  # it does not listen yet
+        starting.bind(str(tmp_path / "starting.sock"))
+        listener = Listener(SECRET, "group", tmp_path, "127.0.0.1")
+        own = Path(listener.address.unix_path).name
+        assert {path.name for path in tmp_path.iterdir()} == {"file.sock", "starting.sock", own}
+    listener.close()
+
+
+def test_a_new_listener_disturbs_no_older_one_in_its_directory(listener: Listener, caplog):
+    Listener(SECRET, "new", Path(listener.address.unix_path).parent, "127.0.0.1").close()
+    assert family(connect(listener.address, SECRET, "engine")) == socket.AF_UNIX
+    assert listener.accept(5).peer == "engine"
+    assert caplog.text == ""
+
+
 def test_the_socket_directory_is_for_its_owner_only(listener: Listener):
     assert Path(listener.address.unix_path).parent.stat().st_mode & 0o077 == 0

@@ -11,7 +11,7 @@ from shards.kernels import build
 def test_a_missing_compiler_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(RuntimeError, match=r"g\+\+ and clang\+\+ not found.*apt-get install g\+\+"):
+    with pytest.raises(build.CompilerError, match=r"g\+\+ and clang\+\+ not found.*apt-get install g\+\+"):
         build.library_path()
 
 
@@ -21,7 +21,7 @@ def test_a_compiler_that_fails_shows_its_messages(monkeypatch, tmp_path):
     fake.chmod(0o755)
     monkeypatch.setenv("CXX", str(fake))
     monkeypatch.setenv("TRADEWIND_HOME", str(tmp_path))
-    with pytest.raises(RuntimeError, match=r"(?s)could not compile the CPU kernels:\n.*no such luck"):
+    with pytest.raises(build.CompilerError, match=r"(?s)could not compile the CPU kernels:\n.*no such luck"):
         build.library_path()
     assert list((tmp_path / "kernels").iterdir()) == []
 

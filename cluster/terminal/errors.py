@@ -1,0 +1,25 @@
+"""What went wrong at the endpoint, as a sentence."""
+
+import httpx
+
+
+def sentence(error: Exception) -> str:
+    """Word an error for a person: who does not answer, or what the answer says."""
+    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+        return (
+            f"nobody answers at {error.request.url.copy_with(path='/')}; is `tradewind serve` running there?"
+        )
+    if isinstance(error, httpx.HTTPStatusError):
+        return f"{error.request.url} answers: {answered(error.response)}"
+    return str(error) or type(error).__name__
+
+
+def answered(response: httpx.Response) -> str:
+    """Return what an answer that is an error says; it may be a proxy's, which has no body of ours.
+
+    The body must have been read.
+    """
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"{response.status_code} {response.reason_phrase}"

@@ -1,0 +1,141 @@
+"""One request between a gateway and an engine: a call as Serve makes it, and a real link for tokens."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+
+import pytest
+from ray.exceptions import ActorDiedError
+from ray.serve.exceptions import BackPressureError
+
+from cluster.actors.ray_engine_client import RayEngineClient
+from cluster.actors.token_links import TokenReceiver, TokenSender
+from cluster.engine.request import EngineFull, EngineStopped, GenerationRequest, TokenEvent
+from cluster.serve.engine_client import EngineLost, EngineOverloaded, EngineUnavailable
+from router.links.listener import Listener
+from shards.sampling_params import SamplingParams
+
+SECRET = b"one cluster's secret"
+REQUEST = GenerationRequest("a", (1, 2, 3), 8, SamplingParams())
+FIRST, LAST = TokenEvent("a", 7), TokenEvent("a", 8, "length")
+
+pytestmark = pytest.mark.timeout(60)
+
+
+class Call:
+    """What a handle's `remote` returns: awaitable, and to be cancelled."""
+
+    def __init__(self) -> None:
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.cancelled = False
+
+    def __await__(self):
+        return self.ended.__await__()
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Handle:
+    """A Serve handle with one method, `generate`, whose calls the test ends."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.generate = self
+
+    def remote(self, request: GenerationRequest, gateway: str) -> Call:
+        assert request == REQUEST
+        self.calls.append(Call())
+        return self.calls[-1]
+
+
+@asynccontextmanager
+async def running(
+    directory: Path,
+) -> AsyncIterator[tuple[Handle, RayEngineClient, TokenSender, TokenReceiver]]:
+    listener = Listener(SECRET, "gateway", directory, "127.0.0.1")
+    sender = TokenSender(SECRET, "engine", lambda gateway, then: None)
+    receiver, handle = TokenReceiver(listener), Handle()
+    try:
+        yield handle, RayEngineClient(handle, receiver, last_frame_timeout_s=0.2), sender, receiver
+    finally:
+        sender.close()
+        listener.close()
+
+
+def test_events_come_in_order_until_the_last(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with running(tmp_path) as (handle, client, sender, receiver):
+            events = client.generate(REQUEST)
+            first = asyncio.ensure_future(anext(events))
+            await asyncio.sleep(0)
+            sender.send(receiver.address, [FIRST])
+            assert await first == FIRST
+            sender.send(receiver.address, [LAST])
+            assert [event async for event in events] == [LAST]
+            assert not handle.calls[0].cancelled, "the call was about to end by itself"
+
+    asyncio.run(run())
+
+
+def test_a_call_that_ends_before_the_last_frame_waits_for_it(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with running(tmp_path) as (handle, client, sender, receiver):
+            events = client.generate(REQUEST)
+            first = asyncio.ensure_future(anext(events))
+            await asyncio.sleep(0)
+            handle.calls[0].ended.set_result(None)
+            sender.send(receiver.address, [FIRST, LAST])
+            assert [await first] + [event async for event in events] == [FIRST, LAST]
+
+    asyncio.run(run())
+
+
+def test_an_end_whose_last_frame_never_comes_is_a_loss(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with running(tmp_path) as (handle, client, _, _):
+            first = asyncio.ensure_future(anext(client.generate(REQUEST)))
+            await asyncio.sleep(0)
+            handle.calls[0].ended.set_result(None)
+            with pytest.raises(EngineLost):
+                await first
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (ActorDiedError(), EngineLost),
+        (EngineStopped("the engine has stopped"), EngineLost),
+        (EngineFull("full"), EngineOverloaded),
+        (BackPressureError(num_queued_requests=1, max_queued_requests=1), EngineOverloaded),
+        (ValueError("the prompt does not fit"), EngineUnavailable),
+    ],
+)
+def test_what_ends_the_call_gets_its_name(tmp_path: Path, error: Exception, wanted: type[Exception]) -> None:
+    async def run() -> None:
+        async with running(tmp_path) as (handle, client, _, _):
+            first = asyncio.ensure_future(anext(client.generate(REQUEST)))
+            await asyncio.sleep(0)
+            handle.calls[0].ended.set_exception(error)
+            with pytest.raises(wanted):
+                await first
+
+    asyncio.run(run())
+
+
+def test_who_leaves_early_cancels_the_call(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with running(tmp_path) as (handle, client, sender, receiver):
+            async with aclosing(client.generate(REQUEST)) as events:
+                first = asyncio.ensure_future(anext(events))
+                await asyncio.sleep(0)
+                sender.send(receiver.address, [FIRST])
+                await first
+            assert handle.calls[0].cancelled
+            again = receiver.open("a")  # the id is free, and late events go nowhere
+            assert again.empty()
+
+    asyncio.run(run())
