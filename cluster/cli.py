@@ -66,7 +66,7 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, httpx.HTTPError, httpx.InvalidURL) as error:
+    except (ValueError, OSError, httpx.HTTPError, httpx.InvalidURL) as error:
         console = Console(stderr=True, highlight=False)
         console.print(f"[bold red]error:[/] {escape(sentence(error))}", soft_wrap=True)
         sys.exit(1)

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from shards.partition import all_tensors
 def launch(settings: Settings, console: Console) -> None:
     """Serve until SIGINT or SIGTERM, then end all that was started. Raises ValueError for a mistake."""
     check_port_is_free(settings.http.host, settings.http.port)
+    needs_key = bool(settings.http.api_keys())
     checkpoints = {model.name: _checkpoint(model, console) for model in settings.models}
     with _step("Checking the checkpoints", console):
         for model in settings.models:
@@ -46,7 +48,7 @@ def launch(settings: Settings, console: Console) -> None:
         cleanup.callback(_ignore_signals)
         with _step("Starting the processes and loading the weights", console) as tell:
             deploy.deploy(settings, checkpoints, tell)
-        _invite(settings, console)
+        _invite(settings, needs_key, console)
         with suppress(KeyboardInterrupt):
             threading.Event().wait()
 
@@ -69,6 +71,11 @@ def verify(model: ModelSettings, directory: Path) -> None:
     Checkpoint(directory).verify(all_tensors(config))
     HuggingFaceTokenizer.from_checkpoint(directory)
     ChatTemplate.from_checkpoint(directory)
+    if model.context_length and model.context_length > config.context_length:
+        raise ValueError(
+            f"model {model.name!r} has context_length {model.context_length}, but {directory} is made for "
+            f"{config.context_length} tokens at most"
+        )
     if model.expert_groups and not config.is_sparse:
         raise ValueError(
             f"model {model.name!r} has expert_groups {model.expert_groups}, but {directory} is a dense "
@@ -116,19 +123,22 @@ def _step(what: str, console: Console) -> Iterator[Callable[[str], None]]:
     console.print(f"[green]done[/] {what} [dim]({time.monotonic() - started_at:.1f} s)[/]", highlight=False)
 
 
-def _invite(settings: Settings, console: Console) -> None:
+def _invite(settings: Settings, needs_key: bool, console: Console) -> None:
     """Say where the endpoint is, and show a first question to paste."""
-    url = settings.http.url
+    url, command = settings.http.url, sys.argv[0]
     body = {
         "model": settings.models[0].name,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
         "temperature": 0,
     }
-    console.print(f"\nReady at {url}/v1 - try, in another terminal:\n", highlight=False)
-    console.print(
-        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'",
-        highlight=False,
-        soft_wrap=True,
-        markup=False,
+    key = " -H 'Authorization: Bearer YOUR-KEY'" if needs_key else ""
+    curl = f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+    lines = (
+        f"\nReady at {url}/v1 - try, in another terminal:\n",
+        f"  {curl}\n",
+        f"  {command} chat --url {url}",
+        f"  {command} status --url {url}\n",
+        "Ctrl-C stops it.\n",
     )
-    console.print("\nor `tradewind chat`, `tradewind status`. Ctrl-C stops it.\n", highlight=False)
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)

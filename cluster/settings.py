@@ -1,6 +1,7 @@
 """What a deployment should look like: one YAML file, read into frozen dataclasses; every check is here."""
 
 import difflib
+import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +27,22 @@ class HttpSettings:
     gateways: Count = 1  # replicas of the Gateway
     # Environment variable with the accepted API keys, separated by commas; null: everyone may ask.
     api_keys_env: str | None = None
+
+    def api_keys(self) -> frozenset[str]:
+        """Read the accepted keys from the environment; none: everyone may ask.
+
+        Raises ValueError if `api_keys_env` names a variable that holds none.
+        """
+        if self.api_keys_env is None:
+            return frozenset()
+        named = os.environ.get(self.api_keys_env, "").split(",")
+        keys = frozenset(key.strip() for key in named if key.strip())
+        if not keys:
+            raise ValueError(
+                f"http.api_keys_env names {self.api_keys_env}, which is not set; "
+                "it must hold the accepted keys, separated by commas"
+            )
+        return keys
 
     @property
     def url(self) -> str:

@@ -1,6 +1,6 @@
 """Settings, made into a Serve application: a Gateway, and for each model an Engine with its Router."""
 
-import os
+import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -34,6 +34,7 @@ def deploy(settings: Settings, checkpoints: Mapping[str, Path], tell: Callable[[
     Raises ValueError with the reason if a process can't start.
     """
     app = build_app(settings, checkpoints, secrets.token_bytes(32))
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its words are about itself
     serve.start(http_options=HTTPOptions(host=settings.http.host, port=settings.http.port))
     target = RunTarget(target=app, name=APP, route_prefix="/", logging_config=_LOGGING)
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
@@ -72,22 +73,8 @@ def build_app(settings: Settings, checkpoints: Mapping[str, Path], secret: bytes
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         ray_actor_options={"num_cpus": 1},
     )
-    api_keys = read_api_keys(settings.http.api_keys_env)
-    return gateway.bind(
-        settings, {name: str(path) for name, path in checkpoints.items()}, secret, api_keys, engines
-    )
-
-
-def read_api_keys(variable: str | None) -> frozenset[str]:
-    """Read the accepted keys from the environment. Raises ValueError if the variable holds none."""
-    if variable is None:
-        return frozenset()
-    keys = frozenset(key.strip() for key in os.environ.get(variable, "").split(",") if key.strip())
-    if not keys:
-        raise ValueError(
-            f"http.api_keys_env names {variable}, which is not set; it must hold keys, comma-separated"
-        )
-    return keys
+    folders = {name: str(path) for name, path in checkpoints.items()}
+    return gateway.bind(settings, folders, secret, settings.http.api_keys(), engines)
 
 
 def _engine(model: ModelSettings, checkpoint: Path, secret: bytes) -> "serve.Deployment":

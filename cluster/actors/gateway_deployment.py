@@ -26,6 +26,7 @@ from cluster.text.templates import ChatTemplate
 from shards.config import ModelConfig
 
 STATUS_TIMEOUT_S = 5.0
+READY_TIMEOUT_S = 0.8  # a load balancer's probe waits a second
 UNREACHABLE = (RayError, RayServeException, TimeoutError)
 
 
@@ -86,7 +87,7 @@ class Gateway:
         """Say whether every model has an engine that answers."""
         calls = (engine.context_length.remote() for engine in self._engines.values())
         try:
-            async with asyncio.timeout(STATUS_TIMEOUT_S):
+            async with asyncio.timeout(READY_TIMEOUT_S):
                 await asyncio.gather(*calls)
         except UNREACHABLE:
             return False

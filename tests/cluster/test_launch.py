@@ -83,3 +83,8 @@ def test_an_architecture_that_is_not_served_is_named(checkpoint):
     change_config(directory, architectures=["MambaForCausalLM"])
     with pytest.raises(ValueError, match="'MambaForCausalLM' is not supported"):
         verify(ModelSettings("m", "llama"), directory)
+
+
+def test_a_context_longer_than_the_checkpoint_is_made_for_is_refused(checkpoint):
+    with pytest.raises(ValueError, match=r"'m' has context_length 1000, but .* 128 tokens at most"):
+        verify(ModelSettings("m", "llama", context_length=1000), checkpoint("llama"))

@@ -182,3 +182,15 @@ def test_ray_is_asked_for_a_cpu_of_every_thread_and_gateway():
         ModelSettings("b", "b"),  # as many threads as there are cores: Ray hears of one
     )
     assert Settings(models, HttpSettings(gateways=2)).num_cpus == 2 + (2 * 3 + 4 * 2) + 1
+
+
+def test_api_keys_come_from_the_named_variable(monkeypatch):
+    monkeypatch.setenv("KEYS", " one, two ,")
+    assert HttpSettings(api_keys_env="KEYS").api_keys() == {"one", "two"}
+    assert HttpSettings().api_keys() == frozenset()
+
+
+def test_a_variable_without_keys_is_named(monkeypatch):
+    monkeypatch.setenv("KEYS", ",")
+    with pytest.raises(ValueError, match=r"http\.api_keys_env names KEYS, which is not set"):
+        HttpSettings(api_keys_env="KEYS").api_keys()
