@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def describe_run() -> dict[str, str | int]:
-    """Return the machine, the code and the command of this run; the load is of before it began."""
+    """Print and return the machine, the code and the command of this run; the load is of before it began."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     commit = subprocess.run(
@@ -19,7 +19,7 @@ def describe_run() -> dict[str, str | int]:
         text=True,
         check=False,
     )
-    return {
+    about: dict[str, str | int] = {
         "machine": models[0] if models else platform.processor() or platform.machine(),
         "cores": os.cpu_count() or 0,
         "load before": f"{os.getloadavg()[0]:.1f}",
@@ -27,3 +27,5 @@ def describe_run() -> dict[str, str | int]:
         "commit": commit.stdout.strip() or "unknown",
         "command": " ".join(["python", *sys.argv]),
     }
+    print("\n".join(f"{name}: {value}" for name, value in about.items()))
+    return about

@@ -33,7 +33,6 @@ def main() -> None:
     arguments = parser.parse_args()
 
     about = describe_run()
-    print("\n".join(f"{name}: {value}" for name, value in about.items()))
     with httpx.Client(base_url=arguments.url, timeout=60) as client:
         model = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
         for index in range(5):  # warm up: connections, imports, caches

@@ -50,7 +50,6 @@ def main() -> None:
     arguments = parser.parse_args()
 
     about = describe_run()
-    print("\n".join(f"{name}: {value}" for name, value in about.items()))
     results: dict[str, list[Row]] = {}
     for name in arguments.tables:
         results[name] = print_table(name, TABLES[name](arguments.threads))

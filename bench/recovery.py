@@ -32,7 +32,6 @@ def main() -> None:
     arguments = parser.parse_args()
 
     about = describe_run()
-    print("\n".join(f"{name}: {value}" for name, value in about.items()))
     print(f"\n{'killed':14}{'longest gap, s':>16}{'same answer':>14}")
     results = []
     with httpx.Client(base_url=arguments.url, timeout=180) as client:

@@ -28,7 +28,7 @@ from shards.partition import all_tensors
 def launch(settings: Settings, console: Console) -> None:
     """Serve until SIGINT or SIGTERM, then end all that was started. Raises ValueError for a mistake."""
     check_port_is_free(settings.http.host, settings.http.port)
-    needs_key = bool(settings.http.api_keys())
+    settings.http.api_keys()  # raises now, not when Ray has been started
     checkpoints = {model.name: _checkpoint(model, console) for model in settings.models}
     with _step("Checking the checkpoints", console):
         for model in settings.models:
@@ -48,7 +48,7 @@ def launch(settings: Settings, console: Console) -> None:
         cleanup.callback(_ignore_signals)
         with _step("Starting the processes and loading the weights", console) as tell:
             deploy.deploy(settings, checkpoints, tell)
-        _invite(settings, needs_key, console)
+        _invite(settings, console)
         with suppress(KeyboardInterrupt):
             threading.Event().wait()
 
@@ -123,7 +123,7 @@ def _step(what: str, console: Console) -> Iterator[Callable[[str], None]]:
     console.print(f"[green]done[/] {what} [dim]({time.monotonic() - started_at:.1f} s)[/]", highlight=False)
 
 
-def _invite(settings: Settings, needs_key: bool, console: Console) -> None:
+def _invite(settings: Settings, console: Console) -> None:
     """Say where the endpoint is, and show a first question to paste."""
     url, command = settings.http.url, sys.argv[0]
     body = {
@@ -131,7 +131,7 @@ def _invite(settings: Settings, needs_key: bool, console: Console) -> None:
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
         "temperature": 0,
     }
-    key = " -H 'Authorization: Bearer YOUR-KEY'" if needs_key else ""
+    key = " -H 'Authorization: Bearer YOUR-KEY'" if settings.http.api_keys_env else ""
     curl = f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
     lines = (
         f"\nReady at {url}/v1 - try, in another terminal:\n",
