@@ -74,8 +74,9 @@ def test_a_lost_request_waits_until_an_engine_takes_it(error):
 @pytest.mark.parametrize("error", [EngineOverloaded("full"), EngineUnavailable("none")])
 def test_a_lost_request_that_no_engine_takes_fails_at_the_deadline(error):
     engine = ScriptedEngine(failures=[(2, EngineLost("gone")), *[(0, error)] * 1000])
+    # The pauses are long, so that a slow machine does not meet the deadline within an attempt.
     with pytest.raises(type(error)):
-        run(engine, replace(RETRY, deadline_s=0.02))
+        run(engine, replace(RETRY, deadline_s=0.7, first_pause_s=0.3, longest_pause_s=0.3))
 
 
 def test_a_lost_request_whose_next_engine_is_silent_fails_at_the_deadline():
