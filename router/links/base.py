@@ -12,10 +12,12 @@ class LinkLost(ConnectionError):
 class Kind(IntEnum):
     """What a frame is for, and what its `meta` holds."""
 
-    ROWS = 1  # engine -> expert group; meta: int32 pairs (slot, number of rows), rows in that order
+    ROWS = 1  # engine -> expert group; meta: int32 pairs (expert, number of rows), rows in that order
     RESULTS = 2  # expert group -> engine, with the sequence of its ROWS; the rows in the same order
     ERROR = 3  # expert group -> engine, with the sequence of its ROWS; meta: UTF-8 text
     TOKENS = 4  # engine -> gateway; meta: JSON, the events of one step
+    FETCH = 5  # expert group -> expert group: asks for the weights of one expert; meta: int32 expert
+    WEIGHTS = 6  # the answer, with the sequence of its FETCH; meta: JSON, what the rows are
 
 
 class Dtype(IntEnum):
@@ -24,6 +26,7 @@ class Dtype(IntEnum):
     NONE = 0
     FLOAT32 = 1
     BFLOAT16 = 2
+    UINT8 = 3  # bytes: weights, and rows in FP8, of which neither numpy nor NCCL knows more
 
 
 _NO_ROWS = memoryview(b"")
@@ -58,6 +61,18 @@ class Link(Protocol):
 
     def receive(self, timeout_s: float | None = None) -> Frame:
         """Wait for one frame. Raises LinkLost, also when `timeout_s` seconds pass without a whole frame."""
+
+    def post(self, frame: Frame) -> bool:
+        """Start to send a frame, without blocking; return whether all of it has left. Raises LinkLost.
+
+        If not, its meta and rows must stay as they are until `flush` returns True.
+        """
+
+    def flush(self) -> bool:
+        """Send what the peer takes now; return whether nothing is left. Raises LinkLost."""
+
+    def poll(self) -> Frame | None:
+        """Take in what has arrived and return a frame once it is whole, without blocking. Raises LinkLost."""
 
     def fileno(self) -> int:
         """Return the file descriptor that turns readable when a frame arrives, for a selector."""

@@ -8,12 +8,12 @@ from router.links.base import Dtype, Frame, Kind, LinkLost
 # Little-endian: magic, version, kind, dtype, layer, sequence, num_rows, row_bytes, meta_bytes.
 _HEADER = struct.Struct("<4sHBB5I")
 _MAGIC = b"TWND"
-VERSION = 1  # of the frames and of the handshake: peers of different versions refuse each other
+VERSION = 2  # of the frames and of the handshake: peers of different versions refuse each other
 HEADER_BYTES = _HEADER.size
 MAX_FRAME_BYTES = 1 << 30  # of meta and rows together; a receiver allocates no more than this for a frame
 
 _UINT32_MAX = (1 << 32) - 1
-_ELEMENT_BYTES = {Dtype.NONE: 0, Dtype.FLOAT32: 4, Dtype.BFLOAT16: 2}
+_ELEMENT_BYTES = {Dtype.NONE: 0, Dtype.FLOAT32: 4, Dtype.BFLOAT16: 2, Dtype.UINT8: 1}
 
 
 class Header(NamedTuple):

@@ -1,0 +1,1 @@
+"""The ranks of one tensor-parallel engine, and what they add up and gather."""
