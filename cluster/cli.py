@@ -10,11 +10,23 @@ from rich.console import Console
 from rich.markup import escape
 
 from cluster.terminal.errors import sentence
+from cluster.terminal.experts import Experts
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
+experts = typer.Typer(no_args_is_help=True, help="Change a model's expert groups while it serves.")
+app.add_typer(experts, name="experts")
+
 DEFAULT_URL = "http://127.0.0.1:8000"
 Url = Annotated[str, typer.Option(envvar="TRADEWIND_URL", help="Where the endpoint is.")]
+SparseModel = Annotated[
+    str | None, typer.Option("--model", help="Which one; default: the first with expert groups.")
+]
+AdminKey = Annotated[
+    str | None, typer.Option("--api-key", envvar="TRADEWIND_ADMIN_KEY", help="If it asks for it.")
+]
+Timeout = Annotated[float, typer.Option("--timeout", help="Watch for so many seconds.")]
+DEFAULT_TIMEOUT_S = 300.0
 
 
 @app.command()
@@ -58,6 +70,45 @@ def status(
         print_json(url)
     else:
         show(url, Console())
+
+
+@experts.command()
+def scale(
+    groups: Annotated[int, typer.Argument(help="How many expert groups there should be.")],
+    url: Url = DEFAULT_URL,
+    model: SparseModel = None,
+    api_key: AdminKey = None,
+    timeout: Timeout = DEFAULT_TIMEOUT_S,
+) -> None:
+    """Have more or fewer expert groups, without a pause for anybody."""
+    _experts(url, model, api_key, timeout).scale(groups)
+
+
+@experts.command()
+def rebalance(
+    url: Url = DEFAULT_URL,
+    model: SparseModel = None,
+    api_key: AdminKey = None,
+    timeout: Timeout = DEFAULT_TIMEOUT_S,
+) -> None:
+    """Deal the experts out anew, for the load of the last seconds."""
+    _experts(url, model, api_key, timeout).rebalance()
+
+
+@experts.command()
+def drain(
+    group: Annotated[str, typer.Argument(help="Its name, or the number at its end; see `tradewind status`.")],
+    url: Url = DEFAULT_URL,
+    model: SparseModel = None,
+    api_key: AdminKey = None,
+    timeout: Timeout = DEFAULT_TIMEOUT_S,
+) -> None:
+    """Replace a group by a new one, which may be on another node; the old one serves until then."""
+    _experts(url, model, api_key, timeout).drain(group)
+
+
+def _experts(url: str, model: str | None, api_key: str | None, timeout_s: float) -> Experts:
+    return Experts(url, model, api_key, timeout_s, Console(highlight=False))
 
 
 def main() -> None:

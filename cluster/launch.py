@@ -76,6 +76,11 @@ def verify(model: ModelSettings, directory: Path) -> None:
             f"model {model.name!r} has context_length {model.context_length}, but {directory} is made for "
             f"{config.context_length} tokens at most"
         )
+    if model.tensor_parallel > config.num_kv_heads:
+        raise ValueError(
+            f"model {model.name!r} has tensor_parallel {model.tensor_parallel}, but {directory} has only "
+            f"{config.num_kv_heads} KV heads, each of which one process must hold whole"
+        )
     if model.expert_groups and not config.is_sparse:
         raise ValueError(
             f"model {model.name!r} has expert_groups {model.expert_groups}, but {directory} is a dense "

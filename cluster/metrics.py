@@ -65,8 +65,8 @@ class GatewayMetrics:
             buckets=_TOKEN_GAP_BUCKETS,
         )
         self.resubmissions = Counter(
-            "tradewind_gateway_resubmissions_total",
-            "Requests handed to another engine because theirs was lost.",
+            "tradewind_gateway_requests_replayed_total",
+            "Requests handed to another engine, with the tokens so far, because theirs was lost.",
             ["model"],
             registry=registry,
         )
@@ -120,6 +120,51 @@ class EngineMetrics:
             ["model"],
             registry=registry,
             buckets=_LATENCY_BUCKETS,
+        )
+
+        self.failovers = Counter(
+            "tradewind_engine_failovers_total",
+            "Expert groups lost with rows on the way to them.",
+            ["model"],
+            registry=registry,
+        )
+        self.rows_resent = Counter(
+            "tradewind_engine_rows_resent_total",
+            "Rows sent once more, to another replica, because their group was lost.",
+            ["model"],
+            registry=registry,
+        )
+
+
+class RouterMetrics:
+    """What the router of a model sees and does."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        _make_directory()
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(
+                name, text, ["model", *labels], registry=registry, multiprocess_mode="livemostrecent"
+            )
+
+        self.epoch = gauge("tradewind_placement_epoch", "Number of the newest placement.")
+        self.imbalance = gauge(
+            "tradewind_expert_imbalance",
+            "Most rows of an expert group / mean, in the worst layer, for the load of the last seconds.",
+        )
+        self.groups = gauge("tradewind_expert_groups", "Expert groups by what is believed of them.", "state")
+        self.rebalance_bytes = Counter(
+            "tradewind_rebalance_bytes_total",
+            "Bytes of weights staged into slots, from peers and from the checkpoint.",
+            ["model"],
+            registry=registry,
+        )
+        self.rebalance_seconds = Histogram(
+            "tradewind_rebalance_seconds",
+            "From a change of groups or load to the moment when every group holds what it should.",
+            ["model"],
+            registry=registry,
+            buckets=_DURATION_BUCKETS,
         )
 
 

@@ -3,6 +3,7 @@
 import difflib
 import os
 from dataclasses import dataclass, field, fields, replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,28 +28,49 @@ class HttpSettings:
     gateways: Count = 1  # replicas of the Gateway
     # Environment variable with the accepted API keys, separated by commas; null: everyone may ask.
     api_keys_env: str | None = None
+    # The same for operators; null: everyone is one if only this machine can connect, and otherwise nobody.
+    admin_keys_env: str | None = None
 
     def api_keys(self) -> frozenset[str]:
         """Read the accepted keys from the environment; none: everyone may ask.
 
         Raises ValueError if `api_keys_env` names a variable that holds none.
         """
-        if self.api_keys_env is None:
-            return frozenset()
-        named = os.environ.get(self.api_keys_env, "").split(",")
-        keys = frozenset(key.strip() for key in named if key.strip())
-        if not keys:
-            raise ValueError(
-                f"http.api_keys_env names {self.api_keys_env}, which is not set; "
-                "it must hold the accepted keys, separated by commas"
-            )
-        return keys
+        return _keys("api_keys_env", self.api_keys_env)
+
+    def admin_keys(self) -> frozenset[str]:
+        """Read the operators' keys from the environment.
+
+        Raises ValueError if `admin_keys_env` names a variable that holds none.
+        """
+        return _keys("admin_keys_env", self.admin_keys_env)
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:  # a name, and only one of them is this machine everywhere
+            return self.host == "localhost"
 
     @property
     def url(self) -> str:
         """Where a client on this machine finds the endpoint, whichever addresses it listens on."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+
+def _keys(setting: str, variable: str | None) -> frozenset[str]:
+    if variable is None:
+        return frozenset()
+    named = os.environ.get(variable, "").split(",")
+    keys = frozenset(key.strip() for key in named if key.strip())
+    if not keys:
+        raise ValueError(
+            f"http.{setting} names {variable}, which is not set; "
+            "it must hold the accepted keys, separated by commas"
+        )
+    return keys
 
 
 @dataclass(frozen=True)
@@ -60,8 +82,16 @@ class ModelSettings:
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # what requests call it
     checkpoint: str  # a folder, or the name of a model under $TRADEWIND_HOME/models
     engines: Count = 1
+    tensor_parallel: Count = 1  # processes of one engine, each with a share of every layer
     expert_groups: Annotated[int, Field(ge=0)] = 0  # 0: experts live in the engine
-    engine_threads: Annotated[int, Field(ge=0)] = 0  # 0: as many as the node has cores
+    expert_replicas: Count = 1  # how many groups should hold each expert
+    min_expert_groups: Count | None = (
+        None  # the router keeps the number of groups between these two, by load;
+    )
+    max_expert_groups: Count | None = None  # null: the number stays as it is, or as it is commanded
+    expert_busy: Annotated[float, Field(gt=0, lt=1)] = 0.5  # share of time that a group should compute, then
+    expert_slots: Count | None = None  # experts of a layer that a group may hold; null: what it takes + 1
+    engine_threads: Annotated[int, Field(ge=0)] = 0  # of each such process; 0: they share the node's cores
     expert_threads: Count = 1
     max_running: Count = 64  # requests that share a step
     max_waiting: Annotated[int, Field(ge=0)] = 256  # requests beyond those; one more gets HTTP 429
@@ -72,9 +102,20 @@ class ModelSettings:
     prefix_caching: bool = True
     expert_deadline_s: Annotated[float, Field(gt=0)] = 30.0  # wait this long for a lost expert to come back
 
+    def slots_per_layer(self, num_experts: int) -> int:
+        """How many of a layer's experts one group may hold."""
+        fewest = min(self.expert_groups, self.min_expert_groups or self.expert_groups)
+        needed = -(-num_experts * self.expert_replicas // max(fewest, 1))
+        return min(self.expert_slots or needed + 1, num_experts)
+
+    @property
+    def most_expert_groups(self) -> int:
+        """How many groups a cluster that is started for this model alone should have room for."""
+        return (self.max_expert_groups or 2 * self.expert_groups) + (self.expert_groups > 0)
+
     @property
     def engine_cpus(self) -> int:
-        """The logical CPUs that one engine asks Ray for."""
+        """The logical CPUs that one process of an engine asks Ray for."""
         return self.engine_threads or 1
 
 
@@ -89,9 +130,14 @@ class Settings:
 
     @property
     def num_cpus(self) -> int:
-        """The logical CPUs that all processes ask Ray for; on a laptop that may be more than it has cores."""
-        models = sum(m.engines * m.engine_cpus + m.expert_groups * m.expert_threads for m in self.models)
-        return self.http.gateways + models
+        """The logical CPUs that all processes may ask Ray for; a laptop need not have as many cores.
+
+        There is room for twice the expert groups, so that they can be scaled, and one be drained when it is
+        replaced.
+        """
+        engines = sum(m.engines * m.tensor_parallel * m.engine_cpus for m in self.models)
+        groups = sum(m.most_expert_groups * m.expert_threads for m in self.models)
+        return self.http.gateways + engines + groups
 
     def on(self, host: str | None, port: int | None) -> "Settings":
         """Return the same deployment behind another host or port; None keeps what the file says.
@@ -131,11 +177,31 @@ def load_settings(path: Path) -> Settings:
             if mistake["type"] != "too_short" or not mistake["input"]
         ]
         raise ValueError("\n".join(f"{path}: {_explain(mistake)}" for mistake in mistakes)) from None
+    for model in settings.models:
+        if contradiction := _contradiction(model):
+            raise ValueError(f"{path}: model {model.name!r} has {contradiction}")
     names = [model.name for model in settings.models]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{path}: two models are called {name!r}; each needs a name of its own")
     return settings
+
+
+def _contradiction(model: ModelSettings) -> str | None:
+    """Return what two settings of a model say against each other."""
+    groups, least, most = model.expert_groups, model.min_expert_groups, model.max_expert_groups
+    if model.expert_replicas > max(groups, 1):
+        return f"expert_replicas {model.expert_replicas}, but only {groups} expert_groups to hold them"
+    if least is not None and most is None:
+        return (
+            f"min_expert_groups {least}, but no max_expert_groups; the number follows the load only with both"
+        )
+    if most is not None and not (least or 1) <= groups <= most:
+        return (
+            f"expert_groups {groups}, which must lie between min_expert_groups {least or 1} and "
+            f"max_expert_groups {most}"
+        )
+    return None
 
 
 def _explain(mistake: dict[str, Any]) -> str:

@@ -1,10 +1,12 @@
 """Run tokens through their experts, wherever those live, and whatever dies on the way."""
 
 import logging
+import select
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -16,12 +18,12 @@ from router.links.base import Dtype, Frame, Kind, Link, LinkLost
 from router.links.pool import LinkPool
 from router.placement import Group, Placement
 
-# T tokens   K experts per token   D hidden   N rows = T*K   S rows in the order of sending
-# G1 groups, and one more for the end   R runs: (slot, number of rows)
+# T tokens   K experts per token   D hidden   N rows = T*K   S rows in the order of sending   R runs of rows
 
 _log = logging.getLogger(__name__)
 
 _RETRY_S = 0.25  # how often a lost group is tried again while an expert of it has no other replica
+_LOOK_S = 0.05  # how soon a call that waits for an answer notices a newer placement
 
 
 class ExpertUnavailable(RuntimeError):
@@ -54,6 +56,14 @@ class Placements(Protocol):
 
 
 @dataclass(frozen=True)
+class DispatchCounts:
+    """What a dispatcher has been through since it was made."""
+
+    failovers: int = 0  # links lost, or answers given up, with rows on the way
+    rows_resent: int = 0
+
+
+@dataclass(frozen=True)
 class _Batch:
     """One group's share of a layer's rows."""
 
@@ -67,8 +77,9 @@ class Dispatcher:
 
     Implements the `Experts` seam of the layers. Experts hold no state, so rows of a lost group are simply
     sent again: to another replica, or, if there is none, to the one that a newer placement brings.
-    A group that reports an error, or at whose address another process answers, counts as lost too.
-    For one thread, except for `take_load`.
+    A group that reports an error, or at whose address another process answers, counts as lost too; so does
+    one that a newer placement no longer has, while we wait for it.
+    For one thread, except for `take_load`, `counts` and `epoch_in_use`.
     """
 
     def __init__(
@@ -88,8 +99,10 @@ class Dispatcher:
         self._deadline_s = deadline_s
         self._newest = Placement(-1, ())
         self._live = self._newest  # without the groups that we lost
+        self._oldest_in_use: int | None = None  # epoch; None between two calls
         self._last_loss: str | None = None
         self._sequence = 0
+        self._counts = DispatchCounts()
         self._load_lock = threading.Lock()
         self._load_LE = np.zeros((num_layers, num_experts), np.int64)
 
@@ -104,21 +117,24 @@ class Dispatcher:
         # All that follows is numpy: on a few rows a call of torch costs several times one of numpy.
         y_ND = np.empty((num_tokens * top_k, hidden_size), np.float32)
         self._count(layer, expert_N)
-
-        deadline: float | None = None
-        waiting_N = np.arange(len(expert_N))
-        while waiting_N.size:
-            self._adopt(self._placements.current())
-            place_S = self._live.choose(layer, expert_N[waiting_N], waiting_N)
-            order_S = place_S.argsort(kind="stable")
-            waiting_N, place_S = waiting_N[order_S], place_S[order_S]
-            if place_S[0] < 0:
-                deadline = deadline or time.monotonic() + self._deadline_s
-                self._await_replica(layer, int(expert_N[waiting_N[0]]), deadline)
-                continue
-            lost = self._exchange(self._batches(layer, x_TD.numpy(), top_k, waiting_N, place_S), y_ND)
-            waiting_N = np.concatenate([batch.rows_S for batch in lost]) if lost else waiting_N[:0]
+        self._oldest_in_use = self._newest.epoch  # before we look for a newer one: see `epoch_in_use`
+        try:
+            self._run(layer, x_TD.numpy(), expert_N, top_k, y_ND)
+        finally:
+            self._oldest_in_use = None
         return torch.from_numpy(y_ND).view(num_tokens, top_k, hidden_size)
+
+    @property
+    def epoch_in_use(self) -> int:
+        """The epoch such that no row will any more be sent by an older placement. From any thread."""
+        newest = self._placements.current().epoch
+        oldest = self._oldest_in_use  # read after `newest`: a call that starts now finds that one, or a newer
+        return newest if oldest is None else min(newest, oldest)
+
+    @property
+    def counts(self) -> DispatchCounts:
+        """What went wrong so far, and was mended. From any thread."""
+        return self._counts
 
     def take_load(self) -> NDArray[np.int64]:
         """Return how many rows each expert got since the last call, [layers, experts]; from any thread."""
@@ -130,31 +146,61 @@ class Dispatcher:
         """Close every link."""
         self._links.close()
 
+    def _run(
+        self,
+        layer: int,
+        x_TD: NDArray[np.float32],
+        expert_N: NDArray[np.int64],
+        top_k: int,
+        y_ND: NDArray[np.float32],
+    ) -> None:
+        deadline: float | None = None
+        waiting_N = np.arange(len(expert_N))
+        while waiting_N.size:
+            self._adopt(self._placements.current())
+            order_S = expert_N[waiting_N].argsort(kind="stable")
+            batches, orphan = self._batches(layer, x_TD, top_k, waiting_N[order_S], expert_N)
+            if orphan is not None:
+                deadline = deadline or time.monotonic() + self._deadline_s
+                self._await_replica(layer, orphan, deadline)
+                continue
+            lost = self._exchange(batches, y_ND)
+            waiting_N = np.concatenate([batch.rows_S for batch in lost]) if lost else waiting_N[:0]
+            if lost:
+                self._counts = DispatchCounts(
+                    self._counts.failovers + len(lost), self._counts.rows_resent + len(waiting_N)
+                )
+
     def _batches(
         self,
         layer: int,
         x_TD: NDArray[np.float32],
         top_k: int,
         rows_S: NDArray[np.int64],
-        place_S: NDArray[np.int64],
-    ) -> list[_Batch]:
-        """Cut rows that are sorted by place into one message per group."""
+        expert_N: NDArray[np.int64],
+    ) -> tuple[list[_Batch], int | None]:
+        """Cut rows that are sorted by expert into one message per group; or name an expert without any."""
         self._sequence = (self._sequence + 1) % (1 << 32)
-        first_place_G1 = self._live.first_place_G1
-        bounds_G1 = place_S.searchsorted(first_place_G1).tolist()
+        num_rows = Counter(expert_N[rows_S].tolist())  # in the order of `rows_S`
+        for expert in num_rows:
+            if not self._live.replicas(layer, expert):
+                return [], expert
+        starts = dict(zip(num_rows, accumulate(num_rows.values(), initial=0), strict=False))
+        runs: dict[int, list[tuple[int, int]]] = {}  # by group
+        parts: dict[int, list[NDArray[np.int64]]] = {}
+        for share in self._live.share_out(layer, num_rows.items(), self._sequence):
+            start = starts[share.expert]
+            starts[share.expert] = end = start + share.num_rows
+            runs.setdefault(share.group, []).append((share.expert, share.num_rows))
+            parts.setdefault(share.group, []).append(rows_S[start:end])
         batches = []
-        for index, group in enumerate(self._live.groups):
-            mine = slice(bounds_G1[index], bounds_G1[index + 1])
-            if mine.start == mine.stop:
-                continue
-            slot_S = place_S[mine] - first_place_G1[index]
-            runs_R2 = np.array(list(Counter(slot_S.tolist()).items()), "<i4")  # in the order of `slot_S`
-            rows_SD = x_TD[rows_S[mine] // top_k]
-            frame = Frame(
-                Kind.ROWS, self._sequence, layer, runs_R2.data, Dtype.FLOAT32, len(rows_SD), rows_SD.data
-            )
-            batches.append(_Batch(group, rows_S[mine], frame))
-        return batches
+        for group, its_runs in runs.items():
+            its_rows_S = np.concatenate(parts[group])
+            rows_SD = x_TD[its_rows_S // top_k]
+            meta = np.array(its_runs, "<i4").data
+            frame = Frame(Kind.ROWS, self._sequence, layer, meta, Dtype.FLOAT32, len(rows_SD), rows_SD.data)
+            batches.append(_Batch(self._live.groups[group], its_rows_S, frame))
+        return batches, None
 
     def _exchange(self, batches: list[_Batch], y_ND: NDArray[np.float32]) -> list[_Batch]:
         """Send every batch, then receive every answer into `y_ND`; return the batches of lost groups.
@@ -163,7 +209,7 @@ class Dispatcher:
         write, so it takes in what we send even while answers to us or to others wait for their readers.
         """
         lost = []
-        unanswered: deque[tuple[_Batch, Link]] = deque()
+        unanswered: dict[int, tuple[_Batch, Link]] = {}  # by file descriptor
         try:
             for batch in batches:
                 try:
@@ -171,23 +217,50 @@ class Dispatcher:
                     if link.peer != batch.group.name:  # the address of a dead group was given to another
                         raise LinkLost(f"another process answers there: {link.peer!r}")
                     link.send(batch.frame)
-                    unanswered.append((batch, link))
+                    unanswered[link.fileno()] = batch, link
                 except LinkLost as error:
                     lost.append(batch)
                     self._lose(batch.group, error)
+            deadline = time.monotonic() + self._reply_timeout_s
+            poller = select.poll()
+            for number in unanswered:
+                poller.register(number, select.POLLIN)
             while unanswered:
-                batch, link = unanswered[0]
-                try:
-                    _receive(batch, link.receive(self._reply_timeout_s), y_ND)
-                except LinkLost as error:
-                    lost.append(batch)
-                    self._lose(batch.group, error)
-                unanswered.popleft()
+                ready = [number for number, _ in poller.poll(_LOOK_S * 1000)]
+                hopeless = {} if ready else self._hopeless(unanswered, deadline)
+                for number in ready or hopeless:
+                    batch, link = unanswered[number]
+                    try:
+                        if number in hopeless:
+                            raise LinkLost(hopeless[number])
+                        answer = link.poll()
+                        if answer is None:
+                            continue
+                        _receive(batch, answer, y_ND)
+                    except LinkLost as error:
+                        lost.append(batch)
+                        self._lose(batch.group, error)
+                    poller.unregister(number)
+                    del unanswered[number]
         finally:
             # Left over if we are on the way out: nobody must ever take their answers for others.
-            for batch, _ in unanswered:
+            for batch, _ in unanswered.values():
                 self._links.drop(batch.group.address)
         return lost
+
+    def _hopeless(self, unanswered: dict[int, tuple[_Batch, Link]], deadline: float) -> dict[int, str]:
+        """Return the links on which no answer is waited for any longer, and why."""
+        if time.monotonic() > deadline:
+            return dict.fromkeys(unanswered, f"no answer within {self._reply_timeout_s:g} s")
+        placement = self._placements.current()
+        if placement.epoch <= self._newest.epoch:
+            return {}
+        listed = {group.name for group in placement.groups}
+        return {
+            number: f"the router took it out of placement {placement.epoch}"
+            for number, (batch, _) in unanswered.items()
+            if batch.group.name not in listed
+        }
 
     def _lose(self, group: Group, error: LinkLost) -> None:
         self._last_loss = f"expert group {group.name!r} is lost: {error}"
@@ -199,6 +272,7 @@ class Dispatcher:
         if placement.epoch > self._newest.epoch:
             self._newest = self._live = placement
             self._links.retain([group.address for group in placement.groups])
+        self._oldest_in_use = self._newest.epoch
 
     def _await_replica(self, layer: int, expert: int, deadline: float) -> None:
         """Wait for a newer placement for a while, then give every group of the newest one another chance."""

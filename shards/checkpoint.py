@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,22 @@ class StoredTensor:
     shape: Shape
     offset: int  # bytes from the start of the file
     num_bytes: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows or the columns of a matrix that one rank needs."""
+
+    axis: int  # 0: rows, 1: columns
+    start: int
+    stop: int
+
+    def shape(self, whole: Shape) -> Shape:
+        """Return the part's shape. Raises ValueError if a tensor of shape `whole` has no such part."""
+        if len(whole) != 2 or self.axis not in (0, 1) or not 0 <= self.start <= self.stop <= whole[self.axis]:
+            raise ValueError(f"a tensor of shape {whole} has no part {self}")
+        num = self.stop - self.start
+        return (whole[0], num) if self.axis else (num, whole[1])
 
 
 class Checkpoint:
@@ -77,21 +94,38 @@ class Checkpoint:
                     f"it must be one of {', '.join(DTYPES)}"
                 )
 
-    def tensor(self, name: str) -> "Tensor":
-        """Read one tensor, in the dtype it has on disk. Blocks on the disk; KeyError if there is none."""
+    def tensor(self, name: str, part: Part | None = None) -> "Tensor":
+        """Read one tensor, or a part of it and no other bytes, in the dtype it has on disk.
+
+        Blocks on the disk; KeyError if there is none.
+        """
         import torch  # not above: who only verifies a checkpoint need not wait for it
 
         stored = self.tensors[name]
-        tensor = torch.empty(stored.shape, dtype=getattr(torch, DTYPES[stored.dtype][0]))
+        dtype, item_bytes = DTYPES[stored.dtype]
+        shape = part.shape(stored.shape) if part else stored.shape
+        tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+        target = tensor.flatten().view(torch.uint8).numpy().data
         with stored.path.open("rb", buffering=0) as file:
-            file.seek(stored.offset)
-            left = tensor.flatten().view(torch.uint8).numpy().data
-            while left:  # Linux reads at most 2 GiB at once
-                num_read = file.readinto(left)
-                if not num_read:
-                    raise BrokenCheckpoint(f"{stored.path} was cut short while {name!r} was read from it")
-                left = left[num_read:]
+            if part is None or part.axis == 0:
+                start = part.start if part else 0
+                file.seek(stored.offset + start * math.prod(stored.shape[1:]) * item_bytes)
+                _read(file, target, name)
+                return tensor
+            row_bytes, part_bytes = stored.shape[1] * item_bytes, shape[1] * item_bytes
+            for row in range(shape[0]):
+                file.seek(stored.offset + row * row_bytes + part.start * item_bytes)
+                _read(file, target[row * part_bytes : (row + 1) * part_bytes], name)
         return tensor
+
+
+def _read(file: FileIO, target: memoryview, name: str) -> None:
+    """Fill `target`. Raises BrokenCheckpoint at the end of the file."""
+    while target:  # Linux reads at most 2 GiB at once
+        num_read = file.readinto(target)
+        if not num_read:
+            raise BrokenCheckpoint(f"{file.name} was cut short while {name!r} was read from it")
+        target = target[num_read:]
 
 
 def _read_index(path: Path) -> dict[str, str]:

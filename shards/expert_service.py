@@ -1,10 +1,11 @@
-"""The serving loop of one expert group: rows in, rows out, for every engine that has a link to it."""
+"""The serving loop of one expert group: rows in, rows out for engines, and weights for other groups."""
 
 import logging
 import selectors
 import socket
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +17,9 @@ from router.links.base import Dtype, Frame, Kind, LinkLost
 from router.links.listener import Listener
 from router.links.rows import frame_of, rows_of
 from router.links.stream import StreamLink
+from shards.expert_store import NotHeld
+from shards.layers.mlp import GatedMlp
+from shards.weights_wire import expert_of, weights_frames
 
 # N rows   D hidden
 
@@ -23,15 +27,21 @@ _log = logging.getLogger(__name__)
 
 
 class Store(Protocol):
-    """The weights behind the slots."""
+    """The experts that are here now; others may fill and free slots at any moment."""
 
-    def run(self, slot: int, x_ND: Tensor, out_ND: Tensor) -> None:
-        """Write to row n of `out_ND` what the slot's expert makes of row n of `x_ND`, whatever the others."""
+    def run(self, layer: int, expert: int, x_ND: Tensor, out_ND: Tensor) -> None:
+        """Write to row n of `out_ND` what the expert makes of row n of `x_ND`, whatever the others.
+
+        Raises NotHeld.
+        """
+
+    def get(self, layer: int, expert: int) -> GatedMlp:
+        """Return the expert's weights, for another group. Raises NotHeld."""
 
 
 @dataclass
 class _Question:
-    """A frame whose engine waits for the answer: `runs` are slots, and the rows that go through each."""
+    """A frame whose engine waits for the answer: `runs` are experts, and the rows that go through each."""
 
     link: StreamLink
     frame: Frame
@@ -44,35 +54,40 @@ class _Question:
 class ExpertService:
     """Serves all links of a listener from one thread, and computes in that thread.
 
-    Rows that wait for the same slot at the same moment run together, whoever sent them. The loop blocks on
-    no peer: frames are read and written piece by piece as their links allow, so an engine that stalls in the
-    middle of a frame, or reads no answers, delays nobody else. An engine asks one question at a time on a
-    link; the next one is read when the answer is out.
+    Rows that wait for the same expert at the same moment run together, whoever sent them. The loop blocks on
+    no peer: frames are read and written piece by piece as their links allow, so a peer that stalls in the
+    middle of a frame, or reads no answers, delays nobody else. A peer asks one question at a time on a link;
+    the next one is read when the answer is out. Weights go out one frame at a time, after all rows that are
+    here by then, straight from the store's memory, which they keep alive until the last has left.
     """
 
-    def __init__(
-        self, store: Store, listener: Listener, slots: Sequence[tuple[int, int]], hidden_size: int
-    ) -> None:
-        """Serve with `slots[s]` the (layer, expert) that `store` holds in slot s. Call `start`."""
+    def __init__(self, store: Store, listener: Listener, hidden_size: int) -> None:
+        """Serve what `store` holds at each moment. Call `start`."""
         self._store = store
         self._listener = listener
-        self._slots = tuple(slots)
         self._hidden_size = hidden_size
-        self._rows_per_slot = [0] * len(self._slots)
+        self._rows_per_expert: dict[tuple[int, int], int] = {}
+        self._busy_s = 0.0
         self._links: set[StreamLink] = set()
+        self._weights: dict[StreamLink, Iterator[Frame]] = {}  # what is still to be sent, by whom it is for
         self._selector = selectors.DefaultSelector()
         self._wake, self._woken = socket.socketpair()
         self._thread = threading.Thread(target=self._serve, name="expert service", daemon=True)
 
     @property
     def num_links(self) -> int:
-        """How many engines hold a link."""
+        """How many engines and groups hold a link."""
         return len(self._links)
 
     @property
-    def rows_per_slot(self) -> tuple[int, ...]:
-        """How many rows each slot has run since the start."""
-        return tuple(self._rows_per_slot)
+    def rows_per_expert(self) -> dict[tuple[int, int], int]:
+        """How many rows each (layer, expert) has run since the start, also of those that were freed."""
+        return dict(self._rows_per_expert)
+
+    @property
+    def busy_s(self) -> float:
+        """How many seconds were spent on computing since the start."""
+        return self._busy_s
 
     @property
     def is_serving(self) -> bool:
@@ -99,24 +114,29 @@ class ExpertService:
             for link in self._links:
                 link.close()
             self._links.clear()
+            self._weights.clear()
             self._selector.close()
             self._woken.close()
 
     def _step(self) -> bool:
         """Wait until something can be done, do all of it, and return whether to go on."""
-        questions = []
+        questions, fetching = [], []
         for key, _ in self._selector.select():
             if key.fileobj is self._woken:
                 return False
-            if isinstance(key.fileobj, StreamLink):
-                question = self._advance(key.fileobj, is_writing=key.events == selectors.EVENT_WRITE)
-                if question is not None:
-                    questions.append(question)
-            else:
+            if not isinstance(key.fileobj, StreamLink):
                 self._admit()
+            elif key.fileobj in self._weights:
+                fetching.append(key.fileobj)
+            elif key.events == selectors.EVENT_WRITE:
+                self._write(key.fileobj)
+            elif question := self._read(key.fileobj):
+                questions.append(question)
         self._compute(questions)
         for question in questions:
             self._answer(question)
+        for link in fetching:
+            self._write(link)
         return True
 
     def _admit(self) -> None:
@@ -132,16 +152,27 @@ class ExpertService:
     def _drop(self, link: StreamLink, error: Exception) -> None:
         self._links.remove(link)
         self._selector.unregister(link)
+        self._weights.pop(link, None)
         link.close()
         _log.info("link to %r is closed: %r", link.peer, error)
 
-    def _advance(self, link: StreamLink, is_writing: bool) -> _Question | None:
-        """Write what the link takes, or read what has arrived; return a question once it is whole."""
+    def _write(self, link: StreamLink) -> None:
+        """Write what the link takes of the frame that is under way, or the next frame of weights."""
         try:
-            if is_writing:
-                if link.flush():
-                    self._selector.modify(link, selectors.EVENT_READ)
-                return None
+            if not link.flush():
+                return
+            frame = next(self._weights.get(link, iter(())), None)
+            if frame is not None:
+                link.post(frame)
+            else:
+                self._weights.pop(link, None)
+                self._selector.modify(link, selectors.EVENT_READ)
+        except LinkLost as error:
+            self._drop(link, error)
+
+    def _read(self, link: StreamLink) -> _Question | None:
+        """Read what has arrived; return a question once it is whole, if it is one of rows."""
+        try:
             frame = link.poll()
         except (LinkLost, MemoryError) as error:  # no memory for a frame: the rest of it can't be told apart
             self._drop(link, error)
@@ -149,6 +180,9 @@ class ExpertService:
         if frame is None:
             return None
         try:
+            if frame.kind == Kind.FETCH:
+                self._start_weights(link, frame)
+                return None
             return self._question(link, frame)
         except ValueError as error:
             self._send(link, _error(frame, str(error)))
@@ -157,60 +191,65 @@ class ExpertService:
             self._send(link, _error(frame, f"the question failed: {error!r}"))
         return None
 
+    def _start_weights(self, link: StreamLink, frame: Frame) -> None:
+        """Have the weights sent that a FETCH asks for. Raises ValueError, to be sent back."""
+        mlp = self._store.get(frame.layer, expert_of(frame))
+        self._weights[link] = weights_frames(mlp, frame.layer, frame.sequence)
+        self._selector.modify(link, selectors.EVENT_WRITE)
+
     def _question(self, link: StreamLink, frame: Frame) -> _Question:
         """Check a frame. Raises ValueError, to be sent back, for what this group can't answer."""
         if frame.kind != Kind.ROWS:
-            raise ValueError(f"an expert group answers ROWS frames, not {frame.kind.name}")
+            raise ValueError(f"an expert group answers ROWS and FETCH frames, not {frame.kind.name}")
         if frame.dtype != Dtype.FLOAT32:
             raise ValueError(f"rows must be FLOAT32, not {frame.dtype.name}")
         x_ND = rows_of(frame, self._hidden_size)
         num_rows = len(x_ND)
         meta = memoryview(frame.meta)
         if meta.nbytes % 8:
-            raise ValueError(f"meta must be int32 pairs (slot, number of rows); {meta.nbytes} bytes are not")
+            raise ValueError(f"meta must be int32 pairs (expert, rows); {meta.nbytes} bytes are not")
         runs, start = [], 0
-        for slot, count in np.frombuffer(meta, "<i4").reshape(-1, 2).tolist():
-            if not 0 <= slot < len(self._slots):
-                raise ValueError(f"slot {slot} does not exist; there are {len(self._slots)}")
-            if self._slots[slot][0] != frame.layer:
-                raise ValueError(
-                    f"slot {slot} is of layer {self._slots[slot][0]}, not of layer {frame.layer}"
-                )
+        for expert, count in np.frombuffer(meta, "<i4").reshape(-1, 2).tolist():
             if not 0 <= count <= num_rows - start:
-                raise ValueError(f"slot {slot} can't have {count} of {num_rows - start} rows")
-            runs.append((slot, slice(start, start + count)))
+                raise ValueError(f"expert {expert} can't have {count} of {num_rows - start} rows")
+            runs.append((expert, slice(start, start + count)))
             start += count
         if start != num_rows:
-            raise ValueError(f"meta gives slots to {start} rows, but there are {num_rows}")
+            raise ValueError(f"meta gives experts to {start} rows, but there are {num_rows}")
         return _Question(link, frame, runs, x_ND, torch.empty_like(x_ND))
 
     def _compute(self, questions: list[_Question]) -> None:
-        """Fill in the answers, slot by slot over all questions."""
-        parts_of_slot: dict[int, list[tuple[_Question, slice]]] = {}
+        """Fill in the answers, expert by expert over all questions."""
+        started_s = time.perf_counter()
+        parts_of: dict[tuple[int, int], list[tuple[_Question, slice]]] = {}  # by (layer, expert)
         for question in questions:
-            for slot, rows in question.runs:
-                parts_of_slot.setdefault(slot, []).append((question, rows))
-        for slot, parts in parts_of_slot.items():
+            for expert, rows in question.runs:
+                parts_of.setdefault((question.frame.layer, expert), []).append((question, rows))
+        for (layer, expert), parts in parts_of.items():
             try:
-                self._run(slot, [(each.x_ND[rows], each.answer_ND[rows]) for each, rows in parts])
+                self._run(layer, expert, [(each.x_ND[rows], each.answer_ND[rows]) for each, rows in parts])
+            except NotHeld as error:
+                _fail(parts, str(error))
             except Exception as error:  # whatever it is: those who asked learn it, and the others are served
-                _log.exception("slot %d failed", slot)
-                for question, _ in parts:
-                    question.error = f"slot {slot} {self._slots[slot]} failed: {error!r}"
+                _log.exception("layer %d expert %d failed", layer, expert)
+                _fail(parts, f"layer {layer} expert {expert} failed: {error!r}")
+        if questions:
+            self._busy_s += time.perf_counter() - started_s
 
-    def _run(self, slot: int, parts: list[tuple[Tensor, Tensor]]) -> None:
+    def _run(self, layer: int, expert: int, parts: list[tuple[Tensor, Tensor]]) -> None:
         if len(parts) == 1:
             x_ND, out_ND = parts[0]
-            self._store.run(slot, x_ND, out_ND)
+            self._store.run(layer, expert, x_ND, out_ND)
         else:
             x_ND = torch.cat([x for x, _ in parts])
             out_ND = torch.empty_like(x_ND)
-            self._store.run(slot, x_ND, out_ND)
+            self._store.run(layer, expert, x_ND, out_ND)
             start = 0
             for _, wanted_ND in parts:
                 wanted_ND.copy_(out_ND[start : start + len(wanted_ND)])
                 start += len(wanted_ND)
-        self._rows_per_slot[slot] += x_ND.size(0)
+        key = layer, expert
+        self._rows_per_expert[key] = self._rows_per_expert.get(key, 0) + x_ND.size(0)
 
     def _answer(self, question: _Question) -> None:
         frame = question.frame
@@ -228,6 +267,11 @@ class ExpertService:
                 self._selector.modify(link, selectors.EVENT_WRITE)
         except LinkLost as error:
             self._drop(link, error)
+
+
+def _fail(parts: list[tuple[_Question, slice]], reason: str) -> None:
+    for question, _ in parts:
+        question.error = reason
 
 
 def _error(frame: Frame, text: str) -> Frame:

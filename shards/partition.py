@@ -1,11 +1,14 @@
 """Which tensors of a checkpoint belong to which process, under the names and shapes they have on disk.
 
-An engine holds all but the experts; one slot of an expert group holds one expert of one layer.
+An engine holds all but the experts; one slot of an expert group holds one expert of one layer. The ranks of a
+tensor-parallel engine divide its matrices among them as Megatron does (Shoeybi et al. 2019): what makes
+heads, inner values and logits by rows, what reads them by columns.
 """
 
+from dataclasses import dataclass, replace
 from itertools import product
 
-from shards.checkpoint import Shape
+from shards.checkpoint import Part, Shape
 from shards.config import ModelConfig
 
 
@@ -66,3 +69,86 @@ def all_tensors(config: ModelConfig) -> dict[str, Shape]:
     for layer, expert in all_experts(config):
         shapes |= expert_tensors(config, layer, expert)
     return shapes
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank holds of every layer: KV heads with their query heads, inner values, logits."""
+
+    whole: ModelConfig
+    rank: int
+    size: int
+    kv_heads: range
+    inner: range
+    vocabulary: range
+
+    @classmethod
+    def of(cls, config: ModelConfig, rank: int, size: int) -> "Share":
+        """Divide a model. Raises ValueError if there are fewer KV heads than ranks."""
+        if size > config.num_kv_heads:
+            raise ValueError(
+                f"tensor_parallel is {size}, but the model has {config.num_kv_heads} KV heads, each of which "
+                f"stays whole; it must be at most {config.num_kv_heads}"
+            )
+        # Logits are gathered, so all ranks but the last ones have equally many.
+        width = -(-config.vocab_size // size)
+        vocabulary = range(min(rank * width, config.vocab_size), min((rank + 1) * width, config.vocab_size))
+        kv_heads, inner = (_deal(n, rank, size) for n in (config.num_kv_heads, config.intermediate_size))
+        return cls(config, rank, size, kv_heads, inner, vocabulary)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model as this rank's attention and feed-forward layers see it."""
+        heads_per_kv_head = self.whole.num_heads // self.whole.num_kv_heads
+        return replace(
+            self.whole,
+            num_heads=len(self.kv_heads) * heads_per_kv_head,
+            num_kv_heads=len(self.kv_heads),
+            intermediate_size=len(self.inner),
+        )
+
+    def parts(self) -> dict[str, Part]:
+        """Return the part to read of each tensor of which this rank needs only a part."""
+        if self.size == 1:
+            return {}
+        dim, whole = self.whole.head_dim, self.whole
+        per_head = dim * (whole.num_heads // whole.num_kv_heads)
+        query, keys, inner = _scale(self.kv_heads, per_head), _scale(self.kv_heads, dim), self.inner
+        parts = {}
+        for layer in range(whole.num_layers):
+            attention, mlp = f"{layer_prefix(layer)}self_attn.", f"{layer_prefix(layer)}mlp."
+            parts[f"{attention}q_proj.weight"] = _rows(query)
+            parts[f"{attention}k_proj.weight"] = _rows(keys)
+            parts[f"{attention}v_proj.weight"] = _rows(keys)
+            parts[f"{attention}o_proj.weight"] = _columns(query)
+            if not whole.is_sparse:
+                parts[f"{mlp}gate_proj.weight"] = _rows(inner)
+                parts[f"{mlp}up_proj.weight"] = _rows(inner)
+                parts[f"{mlp}down_proj.weight"] = _columns(inner)
+        for layer, expert in all_experts(whole):
+            prefix = expert_prefix(layer, expert)
+            parts[f"{prefix}w1.weight"] = _rows(inner)
+            parts[f"{prefix}w3.weight"] = _rows(inner)
+            parts[f"{prefix}w2.weight"] = _columns(inner)
+        if not whole.tie_embeddings:
+            parts["lm_head.weight"] = _rows(self.vocabulary)
+        return parts
+
+
+def _deal(count: int, rank: int, size: int) -> range:
+    """Divide `count` things as evenly as they go; the first ranks get one more."""
+    each, rest = divmod(count, size)
+    start = rank * each + min(rank, rest)
+    return range(start, start + each + (rank < rest))
+
+
+def _scale(span: range, factor: int) -> range:
+    return range(span.start * factor, span.stop * factor)
+
+
+def _rows(span: range) -> Part:
+    return Part(0, span.start, span.stop)
+
+
+def _columns(span: range) -> Part:
+    return Part(1, span.start, span.stop)

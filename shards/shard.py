@@ -1,43 +1,58 @@
-"""What one engine process holds and computes: a decoder and its cache."""
+"""What one process of an engine holds and computes: a decoder, or a rank's share of it, and its cache."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from router.groups.base import TensorGroup
+from router.groups.single import SingleRank
 from shards.checkpoint import Checkpoint
 from shards.config import ModelConfig
 from shards.expert_store import ExpertStore, LocalExperts
 from shards.kv_cache import KVCache
 from shards.layers.moe import Experts
 from shards.models.decoder import Decoder
-from shards.partition import all_experts, all_tensors, engine_tensors
+from shards.partition import Share, all_experts, all_tensors, engine_tensors
 from shards.step import StepBatch
 from shards.weight_reader import Progress, WeightReader
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A model that is ready to run."""
+    """One rank of a model that is ready to run; all ranks run the same steps."""
 
     decoder: Decoder
     cache: KVCache
 
     def run(self, batch: StepBatch) -> Tensor:
-        """Compute one step. Returns logits_RV, fp32: a row for each chunk that wants logits, in order."""
+        """Compute one step. Returns logits_RV, fp32: a row for each chunk that wants logits, in order.
+
+        Blocks until the other ranks have done their parts, and raises GroupLost if one is gone.
+        """
         return self.decoder.forward(batch, self.cache)
 
 
 def load_shard(
-    checkpoint: Checkpoint, config: ModelConfig, experts: Experts | None, num_blocks: int, progress: Progress
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    experts: Experts | None,
+    num_blocks: int,
+    progress: Progress,
+    group: TensorGroup | None = None,
 ) -> Shard:
-    """Read an engine's weights and reserve its cache.
+    """Read the weights that one rank of `group` holds of an engine, or all of them, and reserve its cache.
 
-    With `experts` None, a sparse model's experts are loaded into this process, too. Blocks on the disk;
-    raises BrokenCheckpoint before anything is read.
+    With `experts` None, a sparse model's experts are loaded into this process, too: all of them, but of each
+    the rank's part. Blocks on the disk; raises BrokenCheckpoint before anything is read, and ValueError if
+    the model can't be divided among so many ranks.
     """
+    group = group or SingleRank()
+    share = Share.of(config, group.rank, group.size)
+    divide_tokens = experts is not None and group.size > 1
     if config.is_sparse and experts is None:
-        reader = WeightReader(checkpoint, all_tensors(config), progress)
+        reader = WeightReader(checkpoint, all_tensors(config), progress, parts=share.parts())
         experts = LocalExperts(ExpertStore.read(reader, all_experts(config)), config)
     else:
-        reader = WeightReader(checkpoint, engine_tensors(config), progress)
-    return Shard(Decoder.read(reader, config, experts), KVCache.allocate(config, num_blocks))
+        reader = WeightReader(checkpoint, engine_tensors(config), progress, parts=share.parts())
+    decoder = Decoder.read(reader, share, experts, group, divide_tokens)
+    return Shard(decoder, KVCache.allocate(share.config, num_blocks))

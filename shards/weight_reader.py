@@ -1,11 +1,12 @@
 """How weights come from a checkpoint into the form that the kernels want."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from shards.checkpoint import Checkpoint, Shape
+from shards.checkpoint import Checkpoint, Part, Shape
 from shards.kernels.cpu import PackedWeight, pack
 
 Progress = Callable[[int, int], None]  # bytes read, bytes to read
@@ -18,18 +19,30 @@ class WeightReader:
     the packed weights do.
     """
 
-    def __init__(self, checkpoint: Checkpoint, expected: Mapping[str, Shape], progress: Progress) -> None:
-        """Raises BrokenCheckpoint, before anything is read, if an `expected` tensor is missing or differs."""
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        expected: Mapping[str, Shape],
+        progress: Progress,
+        pack: Callable[[Tensor], PackedWeight] = pack,
+        parts: Mapping[str, Part] = MappingProxyType({}),
+    ) -> None:
+        """Of the tensors in `parts`, only those are read.
+
+        Raises BrokenCheckpoint, before anything is read, if an `expected` tensor is missing or differs.
+        """
         checkpoint.verify(expected)
         self._checkpoint = checkpoint
         self._progress = progress
+        self._pack = pack
+        self._parts = parts
         self._done_bytes = 0
-        self._total_bytes = sum(checkpoint.tensors[name].num_bytes for name in expected)
+        self._total_bytes = sum(self._num_bytes(name) for name in expected)
 
     def tensor(self, name: str) -> Tensor:
-        """Read a tensor as it is on disk."""
-        tensor = self._checkpoint.tensor(name)
-        self._done_bytes += self._checkpoint.tensors[name].num_bytes
+        """Read a tensor, or the part of it that is wanted, as it is on disk."""
+        tensor = self._checkpoint.tensor(name, self._parts.get(name))
+        self._done_bytes += self._num_bytes(name)
         self._progress(self._done_bytes, self._total_bytes)
         return tensor
 
@@ -40,4 +53,10 @@ class WeightReader:
     def packed(self, *names: str) -> PackedWeight:
         """Read matrices of equal width, and pack them one below the other: one product serves them all."""
         matrices = [self.tensor(name) for name in names]
-        return pack(matrices[0] if len(matrices) == 1 else torch.cat(matrices))
+        return self._pack(matrices[0] if len(matrices) == 1 else torch.cat(matrices))
+
+    def _num_bytes(self, name: str) -> int:
+        stored, part = self._checkpoint.tensors[name], self._parts.get(name)
+        if part is None:
+            return stored.num_bytes
+        return stored.num_bytes // stored.shape[part.axis] * (part.stop - part.start)

@@ -8,8 +8,9 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
-from cluster.metrics import EngineMetrics, ExpertMetrics, GatewayMetrics
+from cluster.metrics import EngineMetrics, ExpertMetrics, GatewayMetrics, RouterMetrics
 from cluster.serve import openai_requests
+from cluster.serve.admin import AdminAccess, Drain, Rebalance, Scale, admin_router
 from cluster.serve.openai_requests import (
     ChatCompletionRequest,
     CompletionFields,
@@ -107,7 +108,7 @@ def test_every_metric_is_documented_with_its_kind_and_labels():
     registry = CollectorRegistry()
     metrics = [
         metric
-        for kind in (GatewayMetrics, EngineMetrics, ExpertMetrics)
+        for kind in (GatewayMetrics, EngineMetrics, RouterMetrics, ExpertMetrics)
         for metric in vars(kind(registry)).values()
     ]
     exposed = {}
@@ -118,6 +119,15 @@ def test_every_metric_is_documented_with_its_kind_and_labels():
     rows = table(section(API, "For operators"))
     documented = {name: (cells[0], re.findall(r"\w+", cells[1])) for name, cells in rows.items()}
     assert documented == exposed
+
+
+def test_every_admin_endpoint_is_documented_with_its_body():
+    routes = {route.path.removeprefix("/admin/") for route in admin_router(None, None, AdminAccess()).routes}
+    rows = re.findall(
+        r"^\| `POST /admin/(\S+)` \| `([^`]+)`", section(API, "To change expert groups"), re.MULTILINE
+    )
+    assert {path.replace("{model}", "MODEL") for path in routes} == {path for path, _ in rows}
+    assert {example for _, example in rows} == {kind.example for kind in (Scale, Rebalance, Drain)}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

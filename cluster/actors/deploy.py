@@ -25,7 +25,6 @@ POLL_PERIOD_S = 0.1
 HEALTH_CHECK_PERIOD_S = 1.0  # Serve sees the death of a replica at its next check; its default is 10 s
 # A line in the log per request costs more than routing the request.
 _LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
-ROUTER_THREADS = 64  # engines wait in long polls; each takes one
 
 
 def deploy(settings: Settings, checkpoints: Mapping[str, Path], tell: Callable[[str], None]) -> None:
@@ -90,7 +89,7 @@ def _engine(model: ModelSettings, checkpoint: Path, secret: bytes) -> "serve.Dep
                 name=ROUTER,
                 actor_class=Router,
                 init_args=(APP, model, str(checkpoint), secret),
-                actor_options={"num_cpus": 0, "max_concurrency": ROUTER_THREADS},
+                actor_options={"num_cpus": 0},
             )
         ],
     )

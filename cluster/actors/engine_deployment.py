@@ -3,14 +3,17 @@
 import asyncio
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from ray import serve
 
 from cluster.actors.reports import EngineReport, ModelReport, Process
 from cluster.actors.router_client import RouterClient
 from cluster.engine.request import Generated, GenerationRequest
 from cluster.settings import ModelSettings
+from router.controller import Progress
 
-REPORT_PERIOD_S = 1.0
+REPORT_PERIOD_S = 0.5
 
 
 class Engine:
@@ -42,14 +45,30 @@ class Engine:
         """Return the state of all processes of the model."""
         return await self._router.model_report()
 
-    def _report(self) -> EngineReport:
-        stats = self._process.observer.stats
-        return EngineReport(
+    async def scale_experts(self, num_groups: int) -> Progress:
+        """Wish for another number of expert groups. Raises ValueError if they are too few."""
+        return await self._router.scale(num_groups)
+
+    async def drain_experts(self, group: str) -> Progress:
+        """Replace an expert group by another. Raises ValueError if there is none of that name."""
+        return await self._router.drain(group)
+
+    async def rebalance_experts(self) -> Progress:
+        """Plan anew what each expert group should hold."""
+        return await self._router.rebalance()
+
+    def _report(self) -> tuple[EngineReport, NDArray[np.int64] | None]:
+        stats, dispatch = self._process.observer.stats, self._process.report_dispatch()
+        if dispatch:
+            self._process.observer.saw_dispatch(dispatch.counts)
+        report = EngineReport(
             Process.this("Engine", self._name),
-            self._router.current().epoch,
+            dispatch.epoch if dispatch else 0,
             stats.num_running,
             stats.num_waiting,
             stats.used_blocks,
             stats.total_blocks,
             self._process.observer.tokens_per_s(),
+            self._process.shards,
         )
+        return report, dispatch.load_LE if dispatch else None

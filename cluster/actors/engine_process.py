@@ -4,34 +4,27 @@ import logging
 import os
 from pathlib import Path
 
-import torch
-
+from cluster.actors.engine_shards import EngineShards
+from cluster.actors.rank import DispatchReport, load_rank, merged
+from cluster.actors.reports import Process
 from cluster.actors.router_client import RouterClient
 from cluster.actors.token_links import TokenSender
-from cluster.engine.engine import Engine
+from cluster.engine.engine import Engine, Runner
 from cluster.engine.loop import EngineLoop
 from cluster.engine.memory import free_bytes, num_kv_blocks
 from cluster.engine.observer import EngineObserver
 from cluster.metrics import EngineMetrics
 from cluster.settings import ModelSettings
-from router.dispatch import Dispatcher, ExpertUnavailable
-from router.links.address import Address
-from router.links.pool import LinkPool
-from router.links.stream import connect
+from router.dispatch import ExpertUnavailable
+from router.groups.single import SingleRank
 from shards.checkpoint import Checkpoint
 from shards.config import ModelConfig
-from shards.cores import usable_cores
-from shards.kernels.cpu import set_threads
 from shards.kv_cache import BLOCK_SIZE
 from shards.partition import all_tensors, engine_tensors
-from shards.shard import load_shard
 
 logger = logging.getLogger(__name__)
 
 FIRST_PLACEMENT_TIMEOUT_S = 600.0
-# With experts inside, the engine's threads go from one product to the next and wait for nobody else. With
-# expert groups on the same cores, a thread that spins takes the core from the group it is waiting for.
-SPIN_US_ALONE = 200
 
 
 class EngineProcess:
@@ -40,19 +33,23 @@ class EngineProcess:
     def __init__(
         self, model: ModelSettings, checkpoint: Path, secret: bytes, name: str, router: RouterClient
     ) -> None:
-        """Raises ValueError for a checkpoint or settings that do not fit, or if experts can't be started."""
+        """Raises ValueError for a checkpoint or settings that do not fit, or if others can't be started."""
         config = ModelConfig.from_checkpoint(checkpoint)
-        remote_experts = model.expert_groups > 0
-        set_threads(model.engine_threads or usable_cores(), 0 if remote_experts else SPIN_US_ALONE)
-        torch.set_num_threads(1)  # what torch does here is too small to share out
-        weights = Checkpoint(checkpoint)
-        self.context_length, num_blocks = _fit(model, config, weights)
-        experts = _dispatcher(model, config, secret, name, router) if remote_experts else None
-        shard = load_shard(weights, config, experts, num_blocks, lambda done, total: None)
-        if remote_experts:
+        self.context_length, num_blocks = _fit(model, config, Checkpoint(checkpoint))
+        self._shards: EngineShards | None = None
+        if model.tensor_parallel > 1:
+            self._shards = EngineShards(model, checkpoint, num_blocks, secret, name)
+        group = self._shards.meet() if self._shards else SingleRank()
+        self._rank = load_rank(model, checkpoint, num_blocks, group, router, secret, name)
+        runner: Runner = self._rank.shard
+        if self._shards:
+            runner = self._shards.lead(self._rank.shard, on_lost=_end)
+        if model.expert_groups:
             router.wait_first(FIRST_PLACEMENT_TIMEOUT_S)
+            if self._shards:
+                self._shards.follow(router)
         engine = Engine(
-            shard,
+            runner,
             vocab_size=config.vocab_size,
             context_length=self.context_length,
             num_blocks=num_blocks,
@@ -68,9 +65,30 @@ class EngineProcess:
             sender.send,
             self.observer,
             model.max_running + model.max_waiting,
-            # Gone is seen at once, by Serve and by the gateways; only refusing is not.
-            on_failure=lambda: os._exit(1),
+            on_failure=_end,
         )
+
+    @property
+    def shards(self) -> tuple[Process, ...]:
+        """The processes of ranks 1 and up, which this process has started."""
+        return self._shards.processes if self._shards else ()
+
+    def report_dispatch(self) -> DispatchReport | None:
+        """Say what all ranks' dispatchers have done since this was last asked; None without expert groups.
+
+        Blocks until the shards have answered; raises RayError if they do not.
+        """
+        others = self._shards.reports() if self._shards and self._rank.dispatcher else []
+        own = self._rank.report()
+        return merged([own, *others]) if own else None
+
+
+def _end() -> None:
+    """End this process, and its shards with it.
+
+    Gone is seen at once, by Serve and by the gateways; only refusing is not.
+    """
+    os._exit(1)
 
 
 def _fit(model: ModelSettings, config: ModelConfig, weights: Checkpoint) -> tuple[int, int]:
@@ -90,12 +108,3 @@ def _fit(model: ModelSettings, config: ModelConfig, weights: Checkpoint) -> tupl
     if fitting < context_length:
         logger.warning("the context is cut from %s to the KV cache's %s tokens", context_length, fitting)
     return min(context_length, fitting), num_blocks
-
-
-def _dispatcher(
-    model: ModelSettings, config: ModelConfig, secret: bytes, name: str, router: RouterClient
-) -> Dispatcher:
-    links = LinkPool(lambda address: connect(Address.parse(address), secret, name))
-    return Dispatcher(
-        router, links, config.num_layers, config.num_experts, deadline_s=model.expert_deadline_s
-    )

@@ -1,70 +1,109 @@
-"""An expert group as a Ray actor: slots of expert weights behind links, and a lease on life."""
+"""An expert group as a Ray actor: slots of expert weights behind links."""
 
 import logging
 import os
+import signal
 import threading
 import time
+from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 
 from cluster.actors.reports import GroupReport, Process
 from cluster.metrics import ExpertMetrics
-from router.placement import Group
+from router.group_state import GroupState, Slot, Wish
+from router.moves import StageOrder
+from shards.background import step_back
 
 logger = logging.getLogger(__name__)
 
 METRICS_PERIOD_S = 1.0
-# Nobody's child: a router may die and find its groups again. One that nobody has asked for in this long,
-# and that no engine is linked to, ends itself.
+# Nobody's child: a router may die and find its groups again. One that neither a router nor an engine has been
+# linked to for this long ends itself.
 LEASE_S = 30.0
 
 
 class ExpertGroup:
-    """Reads its experts from the checkpoint, then serves rows until its lease runs out."""
+    """Holds what the router tells it to hold, and serves rows until nobody is linked to it any more."""
 
     def __init__(
-        self,
-        model: str,
-        name: str,
-        checkpoint: str,
-        slots: tuple[tuple[int, int], ...],
-        num_threads: int,
-        secret: bytes,
+        self, model: str, name: str, checkpoint: str, num_slots: int, num_threads: int, secret: bytes
     ) -> None:
-        # Not above: a router names this class, and needs no torch.
-        from cluster.actors.expert_process import start_service
-
         self._model = model
         self._name = name
-        self._slots = slots
-        self._service, self._group = start_service(name, Path(checkpoint), slots, num_threads, secret)
-        self._renewed_at = time.monotonic()
+        _import_torch()
+        # Not above: a router names this class, and needs no torch.
+        from cluster.actors.expert_process import ExpertProcess
+
+        self._process = ExpertProcess.start(name, Path(checkpoint), num_slots, num_threads, secret)
+        self._wish = Wish(0, 0)
+        self._is_leaving = False
+        self._leave_on_sigterm()
         threading.Thread(target=self._tick, name="lease", daemon=True).start()
 
-    def renew_lease(self) -> Group:
-        """Live on, and say what is held here and where links may connect."""
-        self._renewed_at = time.monotonic()
-        return self._group
+    def state(self, wish: Wish) -> GroupState:
+        """Return what is held and done here, and remember how many groups are wished for."""
+        self._wish = max(self._wish, wish, key=lambda each: each.number)
+        return self._state()
+
+    def stage(self, orders: tuple[StageOrder, ...]) -> GroupState:
+        """Start to fill slots; return the new state at once."""
+        self._process.stager.stage((order.layer, order.expert, order.peer) for order in orders)
+        return self._state()
+
+    def free(self, slots: Iterable[Slot]) -> GroupState:
+        """Free slots, also those that are only being filled; return the new state."""
+        self._process.stager.free(slots)
+        return self._state()
 
     def report(self) -> GroupReport:
-        """Return what this group holds and has done."""
-        experts: dict[int, int] = {}
-        for _, expert in self._slots:
-            experts[expert] = experts.get(expert, 0) + 1
+        """Return what this group holds and has done, for people."""
+        layers: dict[int, int] = {}
+        for _, expert in self._process.store.held:
+            layers[expert] = layers.get(expert, 0) + 1
         return GroupReport(
-            Process.this("ExpertGroup", self._name), experts, self._rows_by_expert(), self._service.num_links
+            Process.this("ExpertGroup", self._name),
+            dict(sorted(layers.items())),
+            self._rows_by_expert(),
+            self._process.service.num_links,
+        )
+
+    def _state(self) -> GroupState:
+        stager, service = self._process.stager, self._process.service
+        staging = (
+            stager.pending
+        )  # before `held`: what moves from here to there meanwhile must be in one of them
+        return GroupState(
+            name=self._name,
+            address=self._process.address,
+            num_slots=self._process.store.num_slots,
+            held=(held := frozenset(self._process.store.held)),
+            staging=staging - held,
+            staged_bytes=stager.bytes_from_peers + stager.bytes_from_checkpoint,
+            busy_s=service.busy_s,
+            wish=self._wish,
+            is_leaving=self._is_leaving,
         )
 
     def _rows_by_expert(self) -> dict[int, int]:
         rows: dict[int, int] = {}
-        for (_, expert), num_rows in zip(self._slots, self._service.rows_per_slot, strict=True):
+        for (_, expert), num_rows in self._process.service.rows_per_expert.items():
             rows[expert] = rows.get(expert, 0) + num_rows
-        return rows
+        return dict(sorted(rows.items()))
+
+    def _leave_on_sigterm(self) -> None:
+        """Ask to be drained when the system wants this process to end; it has some time to do so."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda number, frame: setattr(self, "_is_leaving", True))
 
     def _tick(self) -> None:
         metrics = ExpertMetrics()
         counted: dict[int, int] = {}
-        while self._service.is_serving:
-            if time.monotonic() - self._renewed_at > LEASE_S and not self._service.num_links:
+        linked_at = time.monotonic()
+        while self._process.service.is_serving:
+            if self._process.service.num_links:
+                linked_at = time.monotonic()
+            if time.monotonic() - linked_at > LEASE_S:
                 logger.warning("%s: no router and no engine for %s s; this group ends", self._name, LEASE_S)
                 os._exit(0)
             time.sleep(METRICS_PERIOD_S)
@@ -74,3 +113,15 @@ class ExpertGroup:
                 counted[expert] = num_rows
         logger.error("%s: its service has ended, and so does this group", self._name)
         os._exit(1)
+
+
+def _import_torch() -> None:
+    """Let this start be felt less by those who serve on the same cores: most of it is importing torch."""
+
+    def run() -> None:
+        step_back()
+        import_module("torch")
+
+    thread = threading.Thread(target=run, name="import torch")
+    thread.start()
+    thread.join()

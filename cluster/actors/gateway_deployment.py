@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from cluster.actors.node import listen
 from cluster.actors.ray_engine_client import RayEngineClient
+from cluster.actors.ray_expert_commands import UNREACHABLE, RayExpertCommands
 from cluster.actors.reports import ModelReport, Process
 from cluster.actors.token_links import TokenReceiver
 from cluster.metrics import GatewayMetrics
+from cluster.serve.admin import AdminAccess, progress_fields
 from cluster.serve.api import create_app
 from cluster.serve.errors import unavailable
 from cluster.serve.served_model import ServedModel
@@ -27,7 +27,6 @@ from shards.config import ModelConfig
 
 STATUS_TIMEOUT_S = 5.0
 READY_TIMEOUT_S = 0.8  # a load balancer's probe waits a second
-UNREACHABLE = (RayError, RayServeException, TimeoutError)
 
 
 @serve.ingress()
@@ -41,9 +40,13 @@ class Gateway:
         secret: bytes,
         api_keys: frozenset[str],
         engines: dict[str, DeploymentHandle],
+        admin_keys: frozenset[str] = frozenset(),
     ) -> None:
         self._name = f"gateway-{uuid.uuid4().hex[:8]}"
         self._api_keys = api_keys
+        # A setting that names keys is never read as "everyone", not even if the keys did not come here.
+        is_open = settings.http.admin_keys_env is None and settings.http.is_loopback
+        self._admin_access = AdminAccess(admin_keys, is_open)
         self._engines = engines
         self._receiver = TokenReceiver(listen(secret, self._name))
         self._models = {
@@ -58,6 +61,8 @@ class Gateway:
             is_ready=self._is_ready,
             status=self._status,
             api_keys=self._api_keys,
+            experts=RayExpertCommands(self._engines),
+            admin_access=self._admin_access,
         )
 
     async def _serve(self, name: str, directory: Path) -> ServedModel:
@@ -101,5 +106,10 @@ class Gateway:
             raise unavailable(f"an engine or its router does not answer: {type(error).__name__}") from error
         return {
             "gateway": asdict(Process.this("Gateway", self._name)),
-            "models": [asdict(report) for report in reports],
+            "models": [_fields(report) for report in reports],
         }
+
+
+def _fields(report: ModelReport) -> dict[str, Any]:
+    progress = report.progress and progress_fields(report.progress)
+    return {**asdict(report), "progress": progress}

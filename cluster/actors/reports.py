@@ -1,16 +1,17 @@
 """What processes say about themselves, on its way to `tradewind status`. Sent through Ray, once a second."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from cluster.actors.node import node_address
+from router.controller import Progress
 
 
 @dataclass(frozen=True)
 class Process:
     """Who and where."""
 
-    kind: str  # Gateway, Engine, ExpertGroup, Router
+    kind: str  # Gateway, Engine, Shard, ExpertGroup, Router
     name: str
     pid: int
     node: str
@@ -31,6 +32,7 @@ class EngineReport:
     used_blocks: int
     total_blocks: int
     tokens_per_s: float  # generated, over the last seconds
+    shards: tuple[Process, ...] = ()  # ranks 1 and up, if it has more ranks than its own
 
 
 @dataclass(frozen=True)
@@ -51,4 +53,5 @@ class ModelReport:
     epoch: int
     router: Process
     engines: tuple[EngineReport, ...] = ()
-    groups: tuple[GroupReport, ...] = field(default=())
+    groups: tuple[GroupReport, ...] = ()
+    progress: Progress | None = None  # None: the experts are inside the engines

@@ -1,151 +1,176 @@
-"""The router as a Serve deployment actor: it starts expert groups, keeps them, and publishes placements."""
+"""The router as a Serve deployment actor: it keeps expert groups and tells engines what they hold."""
 
+import asyncio
 import hashlib
 import logging
 import threading
 import time
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, TypeVar
 
+import numpy as np
 import ray
+from numpy.typing import NDArray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayError
 
-from cluster.actors.expert_group import LEASE_S, ExpertGroup
-from cluster.actors.reports import EngineReport, GroupReport, ModelReport, Process
+from cluster.actors.expert_group import ExpertGroup
+from cluster.actors.group_keeper import GroupKeeper
+from cluster.actors.reports import EngineReport, ModelReport, Process
+from cluster.metrics import RouterMetrics
 from cluster.settings import ModelSettings
+from router.autoscale import AutoscalePolicy
+from router.controller import Controller, Policy, Progress
 from router.epochs import Epochs
-from router.placement import Group, Placement, even
+from router.links.address import Address
+from router.links.base import Link
+from router.links.stream import connect
+from router.placement import Placement
 from shards.config import ModelConfig
 
 logger = logging.getLogger(__name__)
 
+SPARE_SLOTS = 2  # of a group: for what is on its way while what it replaces is still in use
 NAMESPACE = "tradewind"  # of expert groups, in which a new router finds those of its predecessor
-WATCH_PERIOD_S = 1.0
 REPORT_TIMEOUT_S = 1.0
 ENGINE_REPORT_TTL_S = 5.0  # an engine that has not reported for this long is no longer shown
-MAX_FAILED_STARTS = 3  # of one group, before the first placement
 
-
-@dataclass
-class _Member:
-    """An expert group that should exist."""
-
-    name: str
-    slots: tuple[tuple[int, int], ...]
-    handle: ActorHandle
-    group: Group | None = None  # None until its weights are read
-    renewal: "ray.ObjectRef | None" = None  # the answer that we wait for
-    asked_at: float = 0.0
-    failed_starts: int = 0
+T = TypeVar("T")
 
 
 @ray.remote
 class Router:
     """One per model. Control plane only: it says where experts live, and no row passes through it.
 
-    Its methods run in several of Ray's threads (`max_concurrency`, where it is deployed); `_members` belong
-    to the watching thread, but that others read `handle` and `group`.
+    Everything happens on one event loop, in a thread of its own.
     """
 
     def __init__(self, app: str, model: ModelSettings, checkpoint: str, secret: bytes) -> None:
         self._model = model
         self._checkpoint = checkpoint
         self._secret = secret
-        self._epochs = Epochs()
+        # Groups are taken over from an earlier router only if they hold this checkpoint, for just us.
+        digest = hashlib.sha256(secret + repr((model.name, checkpoint)).encode()).hexdigest()[:12]
+        self._actor_prefix = f"{app}/{digest}/"
         self._engines: dict[str, tuple[float, EngineReport]] = {}
-        self._members: list[_Member] = []
-        if model.expert_groups:
-            config = ModelConfig.from_checkpoint(Path(checkpoint))
-            for index, slots in enumerate(even(config.num_layers, config.num_experts, model.expert_groups)):
-                # A group is taken over from an earlier router only if it holds just this, for just us.
-                identity = hashlib.sha256(secret + repr((checkpoint, slots)).encode()).hexdigest()[:8]
-                name = f"{app}/{model.name}/{index}-{identity}"
-                self._members.append(_Member(name, slots, self._start(name, slots)))
-        threading.Thread(target=self._watch, name="watch-groups", daemon=True).start()
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="router", daemon=True).start()
+        self._epochs = Epochs()
+        self._keeper = self._keep_groups() if model.expert_groups else None
 
-    def placement_after(self, epoch: int, timeout_s: float) -> Placement | None:
+    async def placement_after(self, epoch: int, timeout_s: float) -> Placement | None:
         """Wait for a placement newer than `epoch`; None if none comes in time.
 
         Raises ValueError with the reason if the groups can't be started.
         """
-        return self._epochs.after(epoch, timeout_s)
+        return await self._on_loop(self._epochs.after(epoch, timeout_s))
 
-    def report_engine(self, report: EngineReport) -> None:
-        """Note an engine's state."""
-        self._engines[report.process.name] = (time.monotonic(), report)
+    async def report_engine(self, report: EngineReport, load_LE: NDArray[np.int64] | None) -> None:
+        """Note an engine's state, and how many rows it has sent to each expert since its last report."""
+        await self._on_loop(self._note(report, load_LE))
 
-    def report(self) -> ModelReport:
+    async def report(self) -> ModelReport:
         """Return the state of the model's processes; a group that does not answer at once is left out."""
-        calls = [member.handle.report.remote() for member in self._members if member.group]
-        ready = ray.wait(calls, num_returns=len(calls), timeout=REPORT_TIMEOUT_S)[0] if calls else []
-        groups: list[GroupReport] = []
-        for call in ready:
-            try:
-                groups.append(ray.get(call))
-            except RayError as error:
-                logger.info("a group could not report: %s", error)
-        fresh = time.monotonic() - ENGINE_REPORT_TTL_S
-        engines = tuple(report for when, report in list(self._engines.values()) if when > fresh)
-        this = Process.this("Router", self._model.name)
-        return ModelReport(self._model.name, self._epochs.newest.epoch, this, engines, tuple(groups))
+        return await self._on_loop(self._report())
 
-    def _start(self, name: str, slots: tuple[tuple[int, int], ...]) -> ActorHandle:
+    async def scale(self, num_groups: int) -> Progress:
+        """Wish for another number of expert groups. Raises ValueError if they are too few."""
+        return await self._on_loop(self._command(lambda controller: controller.scale(num_groups)))
+
+    async def drain(self, group: str) -> Progress:
+        """Replace a group by another, without haste. Raises ValueError if it is not here."""
+        return await self._on_loop(self._command(lambda controller: controller.drain(group)))
+
+    async def rebalance(self) -> Progress:
+        """Plan anew what each group should hold."""
+        return await self._on_loop(self._command(lambda controller: controller.rebalance()))
+
+    async def _on_loop(self, work: Coroutine[Any, Any, T]) -> T:
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+    def _keep_groups(self) -> GroupKeeper:
+        config = ModelConfig.from_checkpoint(Path(self._checkpoint))
+        self._num_slots = config.num_layers * self._model.slots_per_layer(config.num_experts) + SPARE_SLOTS
+        policy = Policy(
+            num_layers=config.num_layers,
+            num_experts=config.num_experts,
+            num_groups=self._model.expert_groups,
+            slots_per_layer=self._model.slots_per_layer(config.num_experts),
+            min_replicas=self._model.expert_replicas,
+            autoscale=_autoscale_policy(self._model),
+        )
+        controller = Controller(policy, self._epochs, f"{self._model.name}/", time.monotonic())
+        keeper = GroupKeeper(controller, self._start, self._connect, RouterMetrics(), self._model.name)
+        asyncio.run_coroutine_threadsafe(keeper.run(self._find()), self._loop)
+        return keeper
+
+    def _find(self) -> dict[str, ActorHandle]:
+        """Return the groups of an earlier router, by name."""
+        found = {}
+        for actor in ray.util.list_named_actors(all_namespaces=True):
+            if actor["namespace"] == NAMESPACE and actor["name"].startswith(self._actor_prefix):
+                name = actor["name"].removeprefix(self._actor_prefix).rpartition("/")[0]
+                with suppress(ValueError):  # it has died just now
+                    found[name] = ray.get_actor(actor["name"], NAMESPACE)
+        return found
+
+    def _start(self, name: str) -> ActorHandle:
         options = ray.remote(ExpertGroup).options(
-            name=name,
+            # A group may take the name of one that is dead, but Ray may not know yet that it is.
+            name=f"{self._actor_prefix}{name}/{uuid.uuid4().hex[:8]}",
             namespace=NAMESPACE,
-            lifetime="detached",  # it outlives this router; its lease ends it
-            get_if_exists=True,
+            scheduling_strategy="SPREAD",  # over nodes, which may die, too
+            lifetime="detached",  # it outlives this router; if nobody is linked to it, it ends itself
             num_cpus=self._model.expert_threads,
             max_concurrency=4,
         )
+        model = self._model
         return options.remote(
-            self._model.name, name, self._checkpoint, slots, self._model.expert_threads, self._secret
+            model.name, name, self._checkpoint, self._num_slots, model.expert_threads, self._secret
         )
 
-    def _watch(self) -> None:
-        """Renew the leases of all groups, replace the dead, and publish what has changed."""
-        while True:
-            started_at = time.monotonic()
-            try:
-                self._renew_leases()
-                self._publish()
-            except Exception:  # whatever it was, groups must not lose their leases over it
-                logger.exception("watching the expert groups failed; it goes on")
-            time.sleep(max(0.0, started_at + WATCH_PERIOD_S - time.monotonic()))
+    def _connect(self, address: str) -> Link:
+        return connect(Address.parse(address), self._secret, f"{self._model.name}/router")
 
-    def _renew_leases(self) -> None:
-        """Ask each group that owes no answer, and take the answers that have come; wait for nobody alone."""
-        for member in self._members:
-            if member.renewal is None:
-                member.renewal, member.asked_at = member.handle.renew_lease.remote(), time.monotonic()
-        renewals = [member.renewal for member in self._members]
-        ready = ray.wait(renewals, num_returns=len(renewals), timeout=WATCH_PERIOD_S)[0] if renewals else []
-        for member in self._members:
-            if member.renewal in ready:
-                self._take_answer(member)
-            elif member.group and time.monotonic() - member.asked_at > LEASE_S:
-                # One that reads its weights may take its time; this one has read them, and is stuck.
-                logger.warning("%s has not answered for %s s and is ended", member.name, LEASE_S)
-                ray.kill(member.handle)
+    async def _note(self, report: EngineReport, load_LE: NDArray[np.int64] | None) -> None:
+        self._engines[report.process.name] = (time.monotonic(), report)
+        if self._keeper and load_LE is not None:
+            self._keeper.controller.saw_engine(report.process.name, report.epoch, load_LE, time.monotonic())
 
-    def _take_answer(self, member: _Member) -> None:
-        try:
-            member.group = ray.get(member.renewal)
-        except RayActorError as error:
-            logger.warning("%s is lost and will be replaced: %s", member.name, error)
-            if member.group is None:
-                member.failed_starts += 1
-            if member.failed_starts >= MAX_FAILED_STARTS and self._epochs.newest.epoch == 0:
-                self._epochs.fail(f"expert group {member.name} could not be started: {error}")
-            member.group = None
-            member.handle = self._start(member.name, member.slots)
-        else:
-            member.failed_starts = 0
-        member.renewal = None
+    async def _command(self, change: Callable[[Controller], None]) -> Progress:
+        if self._keeper is None:
+            raise ValueError(
+                f"model {self._model.name!r} has no expert groups; its engines hold the experts themselves"
+            )
+        change(self._keeper.controller)
+        self._keeper.wake()
+        return self._keeper.controller.progress(time.monotonic())
 
-    def _publish(self) -> None:
-        groups = tuple(member.group for member in self._members if member.group)
-        # Nothing can be served before every expert is there.
-        if len(groups) == len(self._members) or self._epochs.newest.epoch > 0:
-            self._epochs.publish(groups)
+    async def _report(self) -> ModelReport:
+        now = time.monotonic()
+        handles = self._keeper.handles.values() if self._keeper else ()
+        calls = [asyncio.wrap_future(handle.report.remote().future()) for handle in handles]
+        answered = (await asyncio.wait(calls, timeout=REPORT_TIMEOUT_S))[0] if calls else set()
+        groups = [call.result() for call in calls if call in answered and not call.exception()]
+        return ModelReport(
+            self._model.name,
+            self._epochs.newest.epoch,
+            Process.this("Router", self._model.name),
+            tuple(
+                report for seen_at, report in self._engines.values() if now - seen_at < ENGINE_REPORT_TTL_S
+            ),
+            tuple(groups),
+            self._keeper.controller.progress(now) if self._keeper else None,
+        )
+
+
+def _autoscale_policy(model: ModelSettings) -> AutoscalePolicy | None:
+    if model.max_expert_groups is None:
+        return None
+    return AutoscalePolicy(
+        min_groups=model.min_expert_groups or 1,
+        max_groups=model.max_expert_groups,
+        target_busy=model.expert_busy,
+    )

@@ -5,11 +5,14 @@ import threading
 import time
 from collections.abc import Callable
 
+import numpy as np
 import ray
+from numpy.typing import NDArray
 from ray import serve
 from ray.actor import ActorHandle
 
 from cluster.actors.reports import EngineReport, ModelReport
+from router.controller import Progress
 from router.placement import Placement
 
 logger = logging.getLogger(__name__)
@@ -49,13 +52,15 @@ class RouterClient:
         if self._placement.epoch == 0:
             raise ValueError(self._failure or f"the expert groups were not there within {timeout_s:g} s")
 
-    def report_every(self, period_s: float, make_report: Callable[[], EngineReport]) -> None:
+    def report_every(
+        self, period_s: float, make_report: Callable[[], tuple[EngineReport, NDArray[np.int64] | None]]
+    ) -> None:
         """Report to the router now and then, from a thread of its own."""
 
         def run() -> None:
             while True:
                 try:
-                    _router().report_engine.remote(make_report())
+                    _router().report_engine.remote(*make_report())
                 except Exception as error:  # a report that is not sent must not be the last
                     logger.debug("the router could not be told: %s", error)
                 time.sleep(period_s)
@@ -66,6 +71,18 @@ class RouterClient:
         """Ask the router for the state of all of the model's processes. Raises RayError."""
         report: ModelReport = await _router().report.remote()
         return report
+
+    async def scale(self, num_groups: int) -> Progress:
+        """Wish for another number of expert groups. Raises ValueError if they are too few, RayError."""
+        return await _command("scale", num_groups)
+
+    async def drain(self, group: str) -> Progress:
+        """Replace a group by another. Raises ValueError if there is none of that name, RayError."""
+        return await _command("drain", group)
+
+    async def rebalance(self) -> Progress:
+        """Plan anew what each group should hold. Raises RayError."""
+        return await _command("rebalance")
 
     def _follow(self) -> None:
         while True:
@@ -85,6 +102,11 @@ class RouterClient:
                 self._changed.notify_all()
             if self._failure:
                 return
+
+
+async def _command(name: str, *arguments: object) -> Progress:
+    progress: Progress = await getattr(_router(), name).remote(*arguments)
+    return progress
 
 
 def _router() -> ActorHandle:

@@ -5,6 +5,7 @@ from collections import deque
 
 from cluster.engine.engine import EngineStats
 from cluster.metrics import EngineMetrics
+from router.dispatch import DispatchCounts
 
 RATE_WINDOW_S = 5.0
 
@@ -18,6 +19,9 @@ class EngineObserver:
         self._step_tokens = metrics.step_tokens.labels(model)
         self._cached_tokens = metrics.cached_tokens.labels(model)
         self._preemptions = metrics.preemptions.labels(model)
+        self._failovers = metrics.failovers.labels(model)
+        self._rows_resent = metrics.rows_resent.labels(model)
+        self._dispatched = DispatchCounts()
         self._gauges = [
             (metrics.running.labels(model), "num_running"),
             (metrics.waiting.labels(model), "num_waiting"),
@@ -54,6 +58,12 @@ class EngineObserver:
         self._generated.append((time.monotonic(), num_generated))
         while self._generated[0][0] < self._generated[-1][0] - RATE_WINDOW_S:
             self._generated.popleft()
+
+    def saw_dispatch(self, counts: DispatchCounts) -> None:
+        """Note what the dispatcher has been through; from one thread at a time, not the engine's."""
+        self._failovers.inc(counts.failovers - self._dispatched.failovers)
+        self._rows_resent.inc(counts.rows_resent - self._dispatched.rows_resent)
+        self._dispatched = counts
 
     def tokens_per_s(self) -> float:
         """Return the rate of generated tokens over the last seconds. Safe from any thread."""

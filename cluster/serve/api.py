@@ -1,7 +1,6 @@
 """The HTTP surface: OpenAI's endpoints, and the operator's."""
 
 import asyncio
-import hmac
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -14,6 +13,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cluster.metrics import GatewayMetrics, exposition
+from cluster.serve.access import check_key
+from cluster.serve.admin import AdminAccess, ExpertCommands, admin_router
 from cluster.serve.completions import Completions
 from cluster.serve.errors import ApiError, invalid, unavailable
 from cluster.serve.journal import RetryPolicy
@@ -28,12 +29,15 @@ def create_app(
     is_ready: Callable[[], Awaitable[bool]],
     status: Callable[[], Awaitable[Mapping[str, Any]]],
     api_keys: frozenset[str] = frozenset(),
+    experts: ExpertCommands | None = None,
+    admin_access: AdminAccess | None = None,
     retry: RetryPolicy | None = None,
     expose: Callable[[], bytes] = exposition,
 ) -> FastAPI:
     """Build the app that serves `models` (by the name that clients use).
 
-    With `api_keys`, everything under /v1 asks for one of them. `expose` blocks and is called in a thread.
+    With `api_keys`, everything under /v1 asks for one of them. With `experts`, there is an /admin for whom
+    `admin_access` lets in; by default, that is nobody. `expose` blocks and is called in a thread.
     """
     completions = Completions(models, metrics, retry or RetryPolicy())
     # The API is OpenAI's, and so is its documentation.
@@ -56,21 +60,15 @@ def create_app(
         return Response(await asyncio.to_thread(expose), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     app.include_router(_openai_router(completions, api_keys))
+    if experts:
+        app.include_router(admin_router(completions.find, experts, admin_access or AdminAccess()))
     return app
 
 
 def _openai_router(endpoints: Completions, api_keys: frozenset[str]) -> APIRouter:
     async def authorize(request: Request) -> None:
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        # Every key is compared, each in constant time: the delay of the answer must tell nothing.
-        known = [hmac.compare_digest(given.encode(), key.encode()) for key in api_keys]
-        if api_keys and not (scheme.lower() == "bearer" and any(known)):
-            raise ApiError(
-                401,
-                "this server needs a valid API key, in the header 'Authorization: Bearer <key>'",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+        if api_keys:
+            check_key(request, api_keys, "API key")
 
     router = APIRouter(prefix="/v1", dependencies=[Depends(authorize)])
 

@@ -19,7 +19,20 @@ def answered(response: httpx.Response) -> str:
 
     The body must have been read.
     """
+    return _message(response) or f"{response.status_code} {response.reason_phrase}"
+
+
+def is_passing(error: httpx.HTTPError) -> bool:
+    """Say whether the same request may succeed a little later: something of the deployment is restarting."""
+    if isinstance(error, httpx.HTTPStatusError):
+        # A proxy that sees no gateway for a moment has words of its own for it, even "404".
+        return error.response.is_server_error or _message(error.response) is None
+    return isinstance(error, httpx.TransportError)
+
+
+def _message(response: httpx.Response) -> str | None:
+    """Return the message of an error body of ours, None if it has another one."""
     try:
         return str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return f"{response.status_code} {response.reason_phrase}"
+        return None

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.terminal.errors import sentence
+from cluster.terminal.progress import in_words
 
 PERIOD_S = 1.0
 TIMEOUT_S = 10.0
@@ -54,7 +55,7 @@ def render(status: Mapping[str, Any]) -> Group:
     _add(processes, status["gateway"], "HTTP, text, journal")
     tables = [processes]
     for model in status["models"]:
-        _add(processes, model["router"], f"epoch {model['epoch']}")
+        _add(processes, model["router"], _placement(model))
         for engine in model["engines"]:
             _add(
                 processes,
@@ -63,6 +64,8 @@ def render(status: Mapping[str, Any]) -> Group:
                 f"{engine['num_waiting']} waiting, "
                 f"{engine['used_blocks']} of {engine['total_blocks']} KV blocks",
             )
+            for rank, shard in enumerate(engine["shards"], start=1):
+                _add(processes, shard, f"rank {rank} of {1 + len(engine['shards'])}")
         for group in model["groups"]:
             _add(
                 processes,
@@ -73,6 +76,13 @@ def render(status: Mapping[str, Any]) -> Group:
         if model["groups"]:
             tables.append(_experts(model))
     return Group(*tables)
+
+
+def _placement(model: Mapping[str, Any]) -> str:
+    progress = model["progress"]
+    if progress is None:
+        return "no expert groups"
+    return f"epoch {model['epoch']}; {in_words(progress)}; imbalance {progress['imbalance']:.2f}"
 
 
 def _experts(model: Mapping[str, Any]) -> Table:

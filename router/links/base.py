@@ -1,6 +1,6 @@
 """What travels between two processes, and what any link promises."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Protocol
 
@@ -18,6 +18,8 @@ class Kind(IntEnum):
     TOKENS = 4  # engine -> gateway; meta: JSON, the events of one step
     FETCH = 5  # expert group -> expert group: asks for the weights of one expert; meta: int32 expert
     WEIGHTS = 6  # the answer, with the sequence of its FETCH; meta: JSON, what the rows are
+    OPEN = 7  # link -> link, before the first frame of its owner: how its rows will travel
+    STEP = 8  # engine -> shard; meta: a step, as shards/step_wire.py has it
 
 
 class Dtype(IntEnum):
@@ -28,6 +30,19 @@ class Dtype(IntEnum):
     BFLOAT16 = 2
     UINT8 = 3  # bytes: weights, and rows in FP8, of which neither numpy nor NCCL knows more
 
+    @property
+    def element_bytes(self) -> int:
+        return (0, 4, 2, 1)[self]
+
+
+class DeviceRows(Protocol):
+    """Contiguous rows in a device's memory: what a `torch.Tensor` offers, named without importing torch."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def data_ptr(self) -> int: ...
+
 
 _NO_ROWS = memoryview(b"")
 
@@ -36,8 +51,12 @@ _NO_ROWS = memoryview(b"")
 class Frame:
     """One message. `rows` is a contiguous buffer of `num_rows` rows; empty if `dtype` is NONE.
 
-    In a received frame, `meta` and `rows` lie in the link's own buffer: they are valid until the next
-    `receive` on that link.
+    Rows in a device's memory are `device_rows` instead, and `rows` is empty; only some links carry them.
+    They are given away with the frame: the link keeps them until they have left, and nobody may write to
+    them again.
+
+    In a received frame, `meta`, `rows` and `device_rows` lie in the link's own buffer: they are valid until
+    the next `receive` on that link, and for all that the receiving thread's current stream then holds.
     """
 
     kind: Kind
@@ -47,6 +66,7 @@ class Frame:
     dtype: Dtype = Dtype.NONE
     num_rows: int = 0
     rows: memoryview = _NO_ROWS
+    device_rows: DeviceRows | None = field(default=None, compare=False)
 
 
 class Link(Protocol):
@@ -75,7 +95,10 @@ class Link(Protocol):
         """Take in what has arrived and return a frame once it is whole, without blocking. Raises LinkLost."""
 
     def fileno(self) -> int:
-        """Return the file descriptor that turns readable when a frame arrives, for a selector."""
+        """Return the file descriptor that turns readable when a frame arrives, for a selector.
+
+        It may be readable earlier, while a frame is on its way; `poll` then returns None.
+        """
 
     def close(self) -> None:
         """Close this end; the peer sees it at once. Closing twice does no harm."""

@@ -1,6 +1,7 @@
 """A link over a socket: Unix within a host, TCP across hosts."""
 
 import contextlib
+import mmap
 import select
 import socket
 import time
@@ -139,8 +140,9 @@ class StreamLink:
         start = -header.meta_bytes % 64  # so that the rows behind the meta lie as aligned as the buffer
         end = start + header.body_bytes
         if end > self._buffer.nbytes:
-            # A new one: whoever still holds views of the last frame keeps the old one alive.
-            self._buffer = memoryview(bytearray(end))
+            # A new one: whoever still holds views of the last frame keeps the old one alive. Mapped, so that
+            # what a peer announces takes no memory before it arrives.
+            self._buffer = memoryview(mmap.mmap(-1, end))
         return self._buffer[start:end]
 
     def _wait(self, event: int, timeout_s: float | None) -> None:

@@ -13,7 +13,6 @@ HEADER_BYTES = _HEADER.size
 MAX_FRAME_BYTES = 1 << 30  # of meta and rows together; a receiver allocates no more than this for a frame
 
 _UINT32_MAX = (1 << 32) - 1
-_ELEMENT_BYTES = {Dtype.NONE: 0, Dtype.FLOAT32: 4, Dtype.BFLOAT16: 2, Dtype.UINT8: 1}
 
 
 class Header(NamedTuple):
@@ -35,9 +34,21 @@ class Header(NamedTuple):
 def encode(frame: Frame) -> list[bytes | memoryview]:
     """Return the buffers that make up the frame on the wire: header, meta, rows, without copying the rows.
 
+    Raises ValueError for a frame that a peer would refuse, and for rows that a socket can't carry.
+    """
+    if frame.device_rows is not None:
+        raise ValueError(
+            "device_rows do not travel on a socket; use an NcclLink, or move them to host memory"
+        )
+    return [encode_header(frame, frame.rows.nbytes), frame.meta, frame.rows]
+
+
+def encode_header(frame: Frame, rows_bytes: int) -> bytes:
+    """Return the header of a frame whose rows, wherever they are, have `rows_bytes` bytes.
+
     Raises ValueError for a frame that a peer would refuse.
     """
-    meta_bytes, rows_bytes = memoryview(frame.meta).nbytes, frame.rows.nbytes
+    meta_bytes = memoryview(frame.meta).nbytes
     row_bytes = rows_bytes // frame.num_rows if frame.num_rows > 0 else 0
     if row_bytes * frame.num_rows != rows_bytes:
         raise ValueError(f"rows of {rows_bytes} bytes do not divide into num_rows {frame.num_rows}")
@@ -49,13 +60,12 @@ def encode(frame: Frame) -> list[bytes | memoryview]:
         raise ValueError(problem)
     numbers = frame.layer, frame.sequence, frame.num_rows, row_bytes, meta_bytes
     try:
-        header = _HEADER.pack(_MAGIC, VERSION, frame.kind, frame.dtype, *numbers)
+        return _HEADER.pack(_MAGIC, VERSION, frame.kind, frame.dtype, *numbers)
     except struct.error:
         raise ValueError(
             f"layer {frame.layer}, sequence {frame.sequence} and num_rows {frame.num_rows} must be unsigned "
             "integers of 32 bits"
         ) from None
-    return [header, frame.meta, frame.rows]
 
 
 def decode_header(data: bytes | memoryview, max_frame_bytes: int = MAX_FRAME_BYTES) -> Header:
@@ -92,7 +102,7 @@ def decode_body(header: Header, body: memoryview) -> Frame:
 
 
 def _row_problem(dtype: Dtype, num_rows: int, row_bytes: int) -> str | None:
-    element_bytes = _ELEMENT_BYTES[dtype]
+    element_bytes = dtype.element_bytes
     if element_bytes == 0:
         return f"{num_rows} rows without a dtype" if num_rows or row_bytes else None
     if row_bytes % element_bytes or row_bytes > _UINT32_MAX:

@@ -31,6 +31,12 @@ class PackedWeight:
     out_features: int
     in_features: int
 
+    @classmethod
+    def empty(cls, out_features: int, in_features: int, dtype: torch.dtype) -> "PackedWeight":
+        """Reserve the memory of a bf16 or fp32 weight; what it holds is not defined."""
+        data = torch.empty(-(-out_features // PANEL), in_features, PANEL, dtype=dtype)
+        return cls(data, out_features, in_features)
+
     @property
     def dtype(self) -> torch.dtype:
         return self.data.dtype
@@ -94,14 +100,23 @@ def set_threads(num_threads: int, spin_us: int) -> None:
     library().tw_set_threads(num_threads, spin_us)
 
 
-def pack(weight_NK: Tensor) -> PackedWeight:
-    """Copy a weight into panels of 32 columns, padded with zeros: bf16 and fp32 stay, fp16 becomes fp32."""
+def pack(weight_NK: Tensor, alone: bool = False) -> PackedWeight:
+    """Copy a weight into panels of 32 columns, padded with zeros: bf16 and fp32 stay, fp16 becomes fp32.
+
+    If `alone`, on the calling thread, beside other calls rather than in turn: nobody waits for it.
+    """
     dtype = torch.bfloat16 if weight_NK.dtype == torch.bfloat16 else torch.float32
     weight_NK = weight_NK.to(dtype).contiguous()
-    out_features, in_features = weight_NK.shape
-    data = torch.empty(-(-out_features // PANEL), in_features, PANEL, dtype=dtype)
-    library().tw_pack(weight_NK.data_ptr(), dtype.itemsize, out_features, in_features, data.data_ptr())
-    return PackedWeight(data, out_features, in_features)
+    packed = PackedWeight.empty(weight_NK.size(0), weight_NK.size(1), dtype)
+    library().tw_pack(
+        weight_NK.data_ptr(),
+        dtype.itemsize,
+        packed.out_features,
+        packed.in_features,
+        packed.data.data_ptr(),
+        alone,
+    )
+    return packed
 
 
 def linear(x_TK: Tensor, weight: PackedWeight, out: Tensor | None = None) -> Tensor:

@@ -28,7 +28,7 @@ def library() -> ctypes.CDLL:
     shapes = [INT64] * 4  # num_blocks, num_heads, num_kv_heads, head_dim
     signatures = {
         "tw_set_threads": (None, [ctypes.c_int, INT64]),
-        "tw_pack": (None, [POINTER, ctypes.c_int, INT64, INT64, POINTER]),
+        "tw_pack": (None, [POINTER, ctypes.c_int, INT64, INT64, POINTER, ctypes.c_int]),
         "tw_linear": (None, [POINTER, INT64, POINTER, ctypes.c_int, INT64, INT64, POINTER]),
         "tw_rms_norm": (None, [POINTER, POINTER, INT64, INT64, FLOAT, POINTER]),
         "tw_silu_mul": (None, [POINTER, INT64, INT64, POINTER]),

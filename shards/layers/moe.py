@@ -1,6 +1,7 @@
 """The sparse mixture of experts, wherever the experts live.
 
 T tokens   K experts per token   E experts   D hidden
+R ranks   S tokens of one rank, T / R rounded up   C columns: D, and two for a loss
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from router.dispatch import ExpertUnavailable
+from router.groups.base import TensorGroup
 from shards.kernels.cpu import PackedWeight, linear
 
 
@@ -35,6 +38,36 @@ class SparseMoe:
     def __call__(self, x_TD: Tensor) -> Tensor:
         weight_TK, expert_TK = choose(linear(x_TD, self.gate), self.experts_per_token)
         return combine(self.experts(self.layer, x_TD, expert_TK), weight_TK)
+
+
+@dataclass(frozen=True)
+class DividedMoe:
+    """A mixture whose tokens the ranks divide: each sends only its own to the experts, so none goes twice.
+
+    Rank r has the tokens r, r + R, r + 2R and so on. Experts that can't be had fail the step on all ranks:
+    a rank that loses one says so in what is gathered, instead of leaving the others to wait for it.
+    """
+
+    moe: SparseMoe
+    group: TensorGroup
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        """Return what `moe` makes of all tokens. Raises ExpertUnavailable on every rank, or on none."""
+        (num_tokens, hidden), rank, size = x_TD.shape, self.group.rank, self.group.size
+        mine_SC = x_TD.new_zeros(-(-num_tokens // size), hidden + 2)
+        own_SD = x_TD[rank::size].contiguous()
+        lost: ExpertUnavailable | None = None
+        try:
+            if len(own_SD):
+                mine_SC[: len(own_SD), :hidden] = self.moe(own_SD)
+        except ExpertUnavailable as error:
+            lost, (_, expert, waited_s, _) = error, error.args
+            mine_SC[0, hidden:] = torch.tensor([1 + expert, waited_s])
+        all_TC = self.group.all_gather(mine_SC).view(-1, hidden + 2)  # side by side: token 0, 1, 2 ...
+        losses = all_TC[all_TC[:, hidden] > 0, hidden:].tolist()
+        if losses:
+            raise lost or ExpertUnavailable(self.moe.layer, int(losses[0][0]) - 1, losses[0][1])
+        return all_TC[:num_tokens, :hidden]
 
 
 def choose(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,8 @@
 """The decoder of the Llama family: Llama, Mistral and Mixtral, which differ in their configs only.
 
+It reads as if it ran on one device; what each of several ranks holds is in `shards/partition.py`. A rank's
+attention and MLP give its share of a sum, its head some columns of the logits.
+
 T tokens of all chunks   R rows of logits   V vocabulary   D hidden   C chunks   B blocks of a chunk
 """
 
@@ -7,16 +10,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from router.groups.base import TensorGroup
+from router.groups.single import SingleRank
 from shards.config import ModelConfig
 from shards.kernels.cpu import PackedWeight, Spans, linear, pack
 from shards.kv_cache import KVCache
 from shards.layers.attention import Attention
 from shards.layers.mlp import GatedMlp
-from shards.layers.moe import Experts, SparseMoe
+from shards.layers.moe import DividedMoe, Experts, SparseMoe
 from shards.layers.norm import RmsNorm
 from shards.layers.rope import RopeTables
-from shards.partition import layer_prefix
+from shards.partition import Share, layer_prefix
 from shards.step import StepBatch
 from shards.weight_reader import WeightReader
 
@@ -26,24 +32,33 @@ class DecoderLayer:
     attention_norm: RmsNorm
     attention: Attention
     mlp_norm: RmsNorm
-    mlp: GatedMlp | SparseMoe
+    mlp: GatedMlp | SparseMoe | DividedMoe
+    mlp_group: TensorGroup  # that adds up what the ranks' `mlp` give; of one rank if each gives all
 
     @classmethod
     def read(
-        cls, reader: WeightReader, config: ModelConfig, layer: int, experts: Experts | None
+        cls,
+        reader: WeightReader,
+        config: ModelConfig,
+        layer: int,
+        experts: Experts | None,
+        group: TensorGroup,
+        divide_tokens: bool,
     ) -> "DecoderLayer":
         prefix = layer_prefix(layer)
-        mlp: GatedMlp | SparseMoe
+        mlp: GatedMlp | SparseMoe | DividedMoe
         if experts is None:
             mlp = GatedMlp.read(reader, *(f"{prefix}mlp.{name}_proj" for name in ("gate", "up", "down")))
         else:
             gate = reader.packed(f"{prefix}block_sparse_moe.gate.weight")
-            mlp = SparseMoe(layer, gate, config.experts_per_token, experts)
+            moe = SparseMoe(layer, gate, config.experts_per_token, experts)
+            mlp = DividedMoe(moe, group) if divide_tokens else moe
         return cls(
             RmsNorm.read(reader, f"{prefix}input_layernorm", config.rms_norm_eps),
             Attention.read(reader, f"{prefix}self_attn.", config),
             RmsNorm.read(reader, f"{prefix}post_attention_layernorm", config.rms_norm_eps),
             mlp,
+            SingleRank() if divide_tokens else group,
         )
 
 
@@ -54,20 +69,37 @@ class Decoder:
     embedding_VD: Tensor
     layers: tuple[DecoderLayer, ...]
     norm: RmsNorm
-    head: PackedWeight
+    head: PackedWeight  # of this rank's part of the vocabulary
     rope: RopeTables
+    group: TensorGroup
 
     @classmethod
-    def read(cls, reader: WeightReader, config: ModelConfig, experts: Experts | None) -> "Decoder":
-        """Read the weights; `experts` is None for a dense model, and only for a dense model."""
+    def read(
+        cls,
+        reader: WeightReader,
+        share: Share,
+        experts: Experts | None,
+        group: TensorGroup,
+        divide_tokens: bool = False,
+    ) -> "Decoder":
+        """Read one rank's weights; `experts` is None for a dense model, and only for a dense model.
+
+        Give `divide_tokens` if the ranks divide the tokens, and not the experts, among them.
+        """
+        config = share.config
         assert (experts is not None) == config.is_sparse
         embedding_VD = reader.tensor("model.embed_tokens.weight")
+        tied_VD = embedding_VD[share.vocabulary.start : share.vocabulary.stop]
         return cls(
             embedding_VD,
-            tuple(DecoderLayer.read(reader, config, layer, experts) for layer in range(config.num_layers)),
+            tuple(
+                DecoderLayer.read(reader, config, layer, experts, group, divide_tokens)
+                for layer in range(config.num_layers)
+            ),
             RmsNorm.read(reader, "model.norm", config.rms_norm_eps),
-            pack(embedding_VD) if config.tie_embeddings else reader.packed("lm_head.weight"),
+            pack(tied_VD) if config.tie_embeddings else reader.packed("lm_head.weight"),
             RopeTables.compute(config),
+            group,
         )
 
     @torch.inference_mode()
@@ -80,11 +112,19 @@ class Decoder:
         token_T = torch.tensor([token for chunk in batch.chunks for token in chunk.token_ids])
         x_TD = self.embedding_VD[token_T].float()
         for layer, keys, values in zip(self.layers, cache.keys_BGHS, cache.values_BGSH, strict=True):
-            x_TD = x_TD + layer.attention(layer.attention_norm(x_TD), spans, self.rope, keys, values)
-            x_TD = x_TD + layer.mlp(layer.mlp_norm(x_TD))
+            mixed_TD = layer.attention(layer.attention_norm(x_TD), spans, self.rope, keys, values)
+            x_TD = x_TD + self.group.all_reduce(mixed_TD)
+            x_TD = x_TD + layer.mlp_group.all_reduce(layer.mlp(layer.mlp_norm(x_TD)))
         last_C = spans.token_start_C1[1:].long() - 1
         x_RD = x_TD[last_C[torch.tensor([chunk.wants_logits for chunk in batch.chunks])]]
-        return linear(self.norm(x_RD), self.head)
+        return self._logits(x_RD)
+
+    def _logits(self, x_RD: Tensor) -> Tensor:
+        vocab_size = self.embedding_VD.size(0)
+        part_RV, width = linear(self.norm(x_RD), self.head), -(-vocab_size // self.group.size)
+        if part_RV.size(1) < width:  # the last rank's, if the vocabulary does not divide evenly
+            part_RV = pad(part_RV, (0, width - part_RV.size(1)))
+        return self.group.all_gather(part_RV)[:, :vocab_size]
 
 
 def _spans(batch: StepBatch) -> Spans:

@@ -29,7 +29,17 @@ def nobody():
         yield f"http://127.0.0.1:{silent.getsockname()[1]}"
 
 
-@pytest.mark.parametrize("command", [["status"], ["status", "--json"], ["chat"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["status"],
+        ["status", "--json"],
+        ["chat"],
+        ["experts", "scale", "4"],
+        ["experts", "rebalance"],
+        ["experts", "drain", "0"],
+    ],
+)
 def test_when_nobody_answers_one_sentence_says_where_and_what_to_start(command, nobody):
     assert error(*command, "--url", nobody) == (
         f"error: nobody answers at {nobody}/; is `tradewind serve` running there?"

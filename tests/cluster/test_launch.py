@@ -48,6 +48,11 @@ def test_more_groups_than_experts_are_refused(checkpoint):
         verify(ModelSettings("m", "mixtral", expert_groups=5), checkpoint("mixtral"))
 
 
+def test_more_ranks_than_kv_heads_are_refused(checkpoint):
+    with pytest.raises(ValueError, match=r"'m' has tensor_parallel 3, but .*llama has only 2 KV heads"):
+        verify(ModelSettings("m", "llama", tensor_parallel=3), checkpoint("llama"))
+
+
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_a_missing_file_is_named(checkpoint, file):
     directory = checkpoint("llama")

@@ -4,9 +4,9 @@ import sys
 
 from prometheus_client import CollectorRegistry
 
-from cluster.metrics import EngineMetrics, ExpertMetrics, GatewayMetrics, exposition
+from cluster.metrics import EngineMetrics, ExpertMetrics, GatewayMetrics, RouterMetrics, exposition
 
-KINDS = (GatewayMetrics, EngineMetrics, ExpertMetrics)
+KINDS = (GatewayMetrics, EngineMetrics, RouterMetrics, ExpertMetrics)
 
 
 def python(code, directory):

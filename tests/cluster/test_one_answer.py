@@ -20,12 +20,13 @@ from router.links.address import Address
 from router.links.listener import Listener
 from router.links.pool import LinkPool
 from router.links.stream import connect
-from router.placement import Group, Placement, even
+from router.placement import Group, Placement
 from shards.expert_service import ExpertService
 from shards.expert_store import ExpertStore
 from shards.kernels.cpu import set_threads
 from shards.sampling_params import SamplingParams
 from shards.shard import Shard, load_shard
+from tests.router.served_experts import even
 from tests.shards.tiny_models import TinyModel
 
 SECRET = b"one answer"
@@ -113,7 +114,7 @@ def expert_groups(model: TinyModel, num_groups: int, directory: Path) -> Iterato
     for index, slots in enumerate(even(config.num_layers, config.num_experts, num_groups)):
         store = ExpertStore.load(model.checkpoint, config, slots, lambda done, total: None)
         listeners.append(Listener(SECRET, f"group-{index}", directory, "127.0.0.1"))
-        services.append(ExpertService(store, listeners[-1], slots, config.hidden_size))
+        services.append(ExpertService(store, listeners[-1], config.hidden_size))
         services[-1].start()
         groups.append(Group(f"group-{index}", str(listeners[-1].address), slots))
 

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cluster.settings import HttpSettings, ModelSettings, Settings, load_settings
 
@@ -39,7 +40,7 @@ def test_what_a_file_leaves_out_has_its_default(tmp_path):
 def test_what_a_file_says_is_what_the_settings_hold(tmp_path):
     path = tmp_path / "my.yaml"
     path.write_text(
-        "http: {host: 0.0.0.0, port: 8123, gateways: 2, api_keys_env: KEYS}\n"
+        "http: {host: 0.0.0.0, port: 8123, gateways: 2, api_keys_env: KEYS, admin_keys_env: ADMIN}\n"
         "models:\n"
         "  - {name: a-1.5_b, checkpoint: /models/a, engines: 2, engine_threads: 4, prefix_caching: false}\n"
         "  - {name: b, checkpoint: b, expert_groups: 3, expert_threads: 2, kv_cache_tokens: 4096}\n"
@@ -51,7 +52,7 @@ def test_what_a_file_says_is_what_the_settings_hold(tmp_path):
             ModelSettings("b", "b", expert_groups=3, expert_threads=2, kv_cache_tokens=4096),
             ModelSettings("c", "c", kv_cache_fraction=0.5, expert_deadline_s=3.0),
         ),
-        HttpSettings("0.0.0.0", 8123, 2, "KEYS"),
+        HttpSettings("0.0.0.0", 8123, 2, "KEYS", "ADMIN"),
     )
 
 
@@ -66,7 +67,7 @@ def test_what_a_file_says_is_what_the_settings_hold(tmp_path):
         ),
         (
             "http: {colour: red}\n" + MODELS,
-            "unknown key 'http.colour'; the keys here are host, port, gateways, api_keys_env",
+            "unknown key 'http.colour'; the keys here are host, port, gateways, api_keys_env, admin_keys_env",
         ),
         ("1: 2\n" + MODELS, "unknown key '1'; the keys here are models, http"),
     ],
@@ -176,21 +177,87 @@ def test_a_port_of_the_command_line_must_exist(port):
         Settings((ModelSettings("m", "c"),)).on(None, port)
 
 
-def test_ray_is_asked_for_a_cpu_of_every_thread_and_gateway():
+def test_ray_is_asked_for_a_cpu_of_every_thread_and_gateway_and_for_room_to_scale():
     models = (
         ModelSettings("a", "a", engines=2, engine_threads=3, expert_groups=4, expert_threads=2),
         ModelSettings("b", "b"),  # as many threads as there are cores: Ray hears of one
+        ModelSettings("c", "c", engines=2, engine_threads=3, tensor_parallel=2),
     )
-    assert Settings(models, HttpSettings(gateways=2)).num_cpus == 2 + (2 * 3 + 4 * 2) + 1
+    assert Settings(models, HttpSettings(gateways=2)).num_cpus == 2 + (2 * 3 + 9 * 2) + 1 + 2 * 2 * 3
 
 
-def test_api_keys_come_from_the_named_variable(monkeypatch):
+def test_an_autoscaled_model_gets_room_for_its_most_groups_and_one_that_is_being_replaced():
+    model = ModelSettings("a", "a", expert_groups=2, max_expert_groups=5)
+    assert model.most_expert_groups == 6
+
+
+@pytest.mark.parametrize("kind", ["api_keys", "admin_keys"])
+def test_keys_come_from_the_named_variable(monkeypatch, kind):
     monkeypatch.setenv("KEYS", " one, two ,")
-    assert HttpSettings(api_keys_env="KEYS").api_keys() == {"one", "two"}
-    assert HttpSettings().api_keys() == frozenset()
+    assert getattr(HttpSettings(**{f"{kind}_env": "KEYS"}), kind)() == {"one", "two"}
+    assert getattr(HttpSettings(), kind)() == frozenset()
 
 
-def test_a_variable_without_keys_is_named(monkeypatch):
+def test_keys_of_one_kind_are_none_of_the_other(monkeypatch):
+    monkeypatch.setenv("KEYS", "one")
+    assert HttpSettings(api_keys_env="KEYS").admin_keys() == frozenset()
+    assert HttpSettings(admin_keys_env="KEYS").api_keys() == frozenset()
+
+
+@pytest.mark.parametrize("kind", ["api_keys", "admin_keys"])
+def test_a_variable_without_keys_is_named(monkeypatch, kind):
     monkeypatch.setenv("KEYS", ",")
-    with pytest.raises(ValueError, match=r"http\.api_keys_env names KEYS, which is not set"):
-        HttpSettings(api_keys_env="KEYS").api_keys()
+    with pytest.raises(ValueError, match=rf"http\.{kind}_env names KEYS, which is not set"):
+        getattr(HttpSettings(**{f"{kind}_env": "KEYS"}), kind)()
+
+
+@pytest.mark.parametrize(
+    ("host", "is_loopback"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.0.1", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("10.0.0.7", False),
+        ("gpu-7.example.com", False),
+        ("localhost.example.com", False),
+        ("", False),
+    ],
+)
+def test_only_this_machine_connects_to_a_loopback_address(host, is_loopback):
+    assert HttpSettings(host).is_loopback is is_loopback
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ({"expert_replicas": 3, "expert_groups": 2}, "expert_replicas 3, but only 2 expert_groups"),
+        ({"min_expert_groups": 1, "expert_groups": 2}, "min_expert_groups 1, but no max_expert_groups"),
+        ({"max_expert_groups": 2, "expert_groups": 3}, "expert_groups 3, which must lie between"),
+        (
+            {"min_expert_groups": 3, "max_expert_groups": 4, "expert_groups": 2},
+            "between min_expert_groups 3 and max_expert_groups 4",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(tmp_path, keys, reason):
+    path = tmp_path / "settings.yaml"
+    path.write_text(yaml.safe_dump({"models": [{"name": "m", "checkpoint": "c", **keys}]}))
+    with pytest.raises(ValueError, match=reason):
+        load_settings(path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "slots"),
+    [
+        ({"expert_groups": 2}, 5),
+        ({"expert_groups": 2, "expert_replicas": 2}, 8),
+        ({"expert_groups": 4, "expert_replicas": 2}, 5),
+        ({"expert_groups": 4, "min_expert_groups": 2, "max_expert_groups": 8}, 5),
+        ({"expert_groups": 4, "expert_slots": 3}, 3),
+    ],
+)
+def test_a_group_has_slots_for_its_share_and_one_more(keys, slots):
+    assert ModelSettings("m", "c", **keys).slots_per_layer(num_experts=8) == slots

@@ -2,7 +2,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from served_experts import ServedGroup
+
+from tests.router.served_experts import ServedGroup
 
 
 @pytest.fixture

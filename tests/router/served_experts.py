@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from multiprocessing import Queue
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -14,11 +15,18 @@ from router.links.base import Link
 from router.links.listener import Listener
 from router.links.pool import LinkPool
 from router.links.stream import connect
-from router.placement import Group, Placement, even
+from router.placement import Group, Placement
 from shards.expert_service import ExpertService
+from shards.expert_store import NotHeld
 
 SECRET = b"one cluster's secret"
 NUM_LAYERS, NUM_EXPERTS, HIDDEN_SIZE = 3, 8, 16
+
+
+def even(num_layers: int, num_experts: int, num_groups: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Deal every (layer, expert) to exactly one group; return the slots of each."""
+    deck = [(layer, expert) for layer in range(num_layers) for expert in range(num_experts)]
+    return tuple(tuple(deck[group::num_groups]) for group in range(num_groups))
 
 
 def expert_formula(layer: int, expert: int, x_ND: Tensor) -> Tensor:
@@ -38,9 +46,15 @@ class FormulaStore:
         self._slots = slots
         self._before_run = before_run
 
-    def run(self, slot: int, x_ND: Tensor, out_ND: Tensor) -> None:
+    def run(self, layer: int, expert: int, x_ND: Tensor, out_ND: Tensor) -> None:
         self._before_run()
-        out_ND.copy_(expert_formula(*self._slots[slot], x_ND))
+        if (layer, expert) not in self._slots:
+            raise NotHeld(layer, expert)
+        out_ND.copy_(expert_formula(layer, expert, x_ND))
+
+    def get(self, layer: int, expert: int) -> NoReturn:
+        """Refuse: a formula has no weights."""
+        raise NotHeld(layer, expert)
 
 
 class ServedGroup:
@@ -55,7 +69,7 @@ class ServedGroup:
         before_run: Callable[[], None] = lambda: None,
     ) -> None:
         self.listener = Listener(SECRET, name, directory, "127.0.0.1")
-        self.service = ExpertService(FormulaStore(slots, before_run), self.listener, slots, hidden_size)
+        self.service = ExpertService(FormulaStore(slots, before_run), self.listener, hidden_size)
         self.service.start()
         self.group = Group(name, str(self.listener.address), tuple(slots))
 

@@ -1,14 +1,16 @@
-"""The table that says where each expert lives, against slow obvious lookups."""
+"""The table that says where each expert lives, and how a layer's rows are shared out, against slow looks."""
 
-import numpy as np
+from collections import Counter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.placement import Group, Placement, even
+from router.placement import DIVIDE_ROWS, VISIT_ROWS, Group, Placement
 
 NUM_LAYERS, NUM_EXPERTS = 3, 5
 SLOTS = st.lists(st.tuples(st.integers(0, NUM_LAYERS - 1), st.integers(0, NUM_EXPERTS - 1)), max_size=12)
+ROWS = st.dictionaries(st.integers(0, NUM_EXPERTS), st.integers(0, 300)).map(dict.items).map(list)
 
 
 @st.composite
@@ -18,55 +20,62 @@ def placements(draw: st.DrawFn) -> Placement:
     return Placement(draw(st.integers(0, 9)), tuple(groups))
 
 
-def places_of(placement: Placement, layer: int, expert: int) -> list[int]:
-    """Look through all slots."""
-    return [
-        int(placement.first_place_G1[index]) + slot
-        for index, group in enumerate(placement.groups)
-        for slot, held in enumerate(group.slots)
-        if held == (layer, expert)
-    ]
+def placement_of(*experts_of_group: tuple[int, ...]) -> Placement:
+    """Return a placement of one layer."""
+    return Placement(
+        1, tuple(Group(f"g{i}", "", tuple((0, e) for e in its)) for i, its in enumerate(experts_of_group))
+    )
 
 
 @given(placements())
-def test_consecutive_rows_take_turns_through_every_replica(placement: Placement):
-    for layer in range(NUM_LAYERS):
-        for expert in range(NUM_EXPERTS):
-            places = places_of(placement, layer, expert)
-            row_N = np.arange(len(places))
-            chosen_N = placement.choose(layer, np.full_like(row_N, expert), row_N)
-            assert sorted(chosen_N.tolist()) == places
+def test_replicas_are_the_groups_that_hold_the_expert(placement: Placement):
+    for layer in range(NUM_LAYERS + 1):
+        for expert in range(NUM_EXPERTS + 1):
+            holders = [i for i, group in enumerate(placement.groups) if (layer, expert) in group.slots]
+            assert placement.replicas(layer, expert) == tuple(holders)
 
 
-@given(placements(), st.integers(0, NUM_LAYERS), st.lists(st.integers(0, NUM_EXPERTS)))
-def test_a_chosen_place_is_a_replica_of_the_rows_expert_or_there_is_none(placement, layer, experts):
-    place_N = placement.choose(layer, np.array(experts, np.int64), np.arange(len(experts)))
-    for place, expert in zip(place_N.tolist(), experts, strict=True):
-        places = places_of(placement, layer, expert)
-        assert place in places if places else place == -1
+@given(placements(), st.integers(0, NUM_LAYERS), ROWS, st.integers(0, 9))
+def test_every_row_goes_to_a_replica_of_its_expert_once(placement: Placement, layer, rows, turn):
+    given_rows: Counter[int] = Counter()
+    for share in placement.share_out(layer, rows, turn):
+        assert share.num_rows > 0
+        assert (layer, share.expert) in placement.groups[share.group].slots
+        given_rows[share.expert] += share.num_rows
+    held = {expert for expert, _ in rows if placement.replicas(layer, expert)}
+    assert given_rows == {expert: number for expert, number in rows if number and expert in held}
 
 
-@given(placements(), st.lists(st.integers(0, NUM_EXPERTS - 1), min_size=1), st.randoms())
-def test_the_choice_for_a_row_does_not_depend_on_the_other_rows(placement, experts, random):
-    row_N, expert_N = np.arange(len(experts)), np.array(experts, np.int64)
-    all_N = placement.choose(1, expert_N, row_N)
-    some = sorted(random.sample(range(len(experts)), random.randint(1, len(experts))))
-    assert placement.choose(1, expert_N[some], row_N[some]).tolist() == all_N[some].tolist()
+@given(placements(), ROWS, st.integers(0, 9))
+def test_an_expert_is_divided_only_into_parts_that_are_worth_reading_its_weights(placement, rows, turn):
+    shares = placement.share_out(1, rows, turn)
+    parts = Counter(share.expert for share in shares)
+    assert all(share.num_rows >= DIVIDE_ROWS // 2 for share in shares if parts[share.expert] > 1)
 
 
-@given(placements(), placements(), st.lists(st.integers(0, NUM_EXPERTS - 1), min_size=1))
-def test_the_choice_does_not_depend_on_groups_that_do_not_hold_the_expert(placement, others, experts):
-    """Rows must be pinned by the replicas that live, not by the history of the table."""
-    strangers = tuple(Group(f"x{g.name}", g.address, ((9, 9),)) for g in others.groups)
-    with_strangers = Placement(placement.epoch, placement.groups + strangers)
-    arguments = 1, np.array(experts, np.int64), np.arange(len(experts))
-    assert with_strangers.choose(*arguments).tolist() == placement.choose(*arguments).tolist()
+def test_a_hot_expert_is_divided_evenly_among_its_replicas():
+    shares = placement_of((0,), (0,), (0,)).share_out(0, [(0, 300)])
+    assert sorted(share.num_rows for share in shares) == [100, 100, 100]
 
 
-def test_replicas_share_the_rows_evenly():
-    placement = Placement(1, tuple(Group(f"g{i}", "", ((0, 0),)) for i in range(3)))
-    place_N = placement.choose(0, np.zeros(300, np.int64), np.arange(300))
-    assert np.bincount(place_N).tolist() == [100, 100, 100]
+def test_rows_go_where_there_is_less_to_do():
+    """Expert 0 lives in one group only, so expert 1, which lives in both, goes to the other."""
+    shares = placement_of((0, 1), (1,)).share_out(0, [(0, 20), (1, 15)])
+    assert {share.expert: share.group for share in shares} == {0: 0, 1: 1}
+
+
+def test_a_hot_expert_fills_up_what_others_leave():
+    shares = placement_of((0, 1), (0,)).share_out(0, [(0, 200), (1, 100)])
+    rows = Counter({share.group: 0 for share in shares})
+    for share in shares:
+        rows[share.group] += share.num_rows
+    assert abs(rows[0] - rows[1]) <= VISIT_ROWS
+
+
+def test_single_rows_take_turns_among_replicas():
+    placement = placement_of((0,), (0,), (0,))
+    groups = [placement.share_out(0, [(0, 1)], turn)[0].group for turn in range(6)]
+    assert groups == [0, 1, 2, 0, 1, 2]
 
 
 @given(placements())
@@ -90,24 +99,3 @@ def test_two_groups_of_one_name_are_refused():
 def test_a_slot_of_a_negative_layer_or_expert_is_refused():
     with pytest.raises(ValueError, match=r"group 'g' has slot \(0, -1\)"):
         Placement(1, (Group("g", "a", ((0, -1),)),))
-
-
-@given(st.integers(1, 6), st.integers(1, 9), st.data())
-def test_even_deals_every_expert_once_and_everywhere_evenly(num_layers, num_experts, data):
-    num_groups = data.draw(st.integers(1, num_layers * num_experts))
-    slots_of_group = even(num_layers, num_experts, num_groups)
-    dealt = [slot for slots in slots_of_group for slot in slots]
-    assert sorted(dealt) == [(layer, expert) for layer in range(num_layers) for expert in range(num_experts)]
-    for layer in (None, *range(num_layers)):
-        sizes = [sum(layer in (None, slot[0]) for slot in slots) for slots in slots_of_group]
-        assert len(sizes) == num_groups
-        assert max(sizes) - min(sizes) <= 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [((0, 8, 1), "num_layers is 0"), ((2, 8, 0), "num_groups is 0"), ((2, 8, 17), "num_groups is 17, but")],
-)
-def test_an_impossible_deal_is_refused_by_name(arguments: tuple[int, int, int], reason: str):
-    with pytest.raises(ValueError, match=reason):
-        even(*arguments)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from shards.checkpoint import BrokenCheckpoint, Checkpoint
+from shards.checkpoint import BrokenCheckpoint, Checkpoint, Part
 
 
 def test_each_tensor_is_read_as_it_was_saved(tmp_path):
@@ -22,6 +22,23 @@ def test_each_tensor_is_read_as_it_was_saved(tmp_path):
     for name, tensor in saved.items():
         assert checkpoint.tensor(name).dtype == tensor.dtype
         assert torch.equal(checkpoint.tensor(name), tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_part_of_a_matrix_is_what_a_slice_of_it_is(tmp_path, dtype):
+    whole = torch.randn(7, 5).to(dtype)
+    save_file({"before": torch.ones(3), "a": whole}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    assert torch.equal(checkpoint.tensor("a", Part(0, 2, 6)), whole[2:6])
+    assert torch.equal(checkpoint.tensor("a", Part(1, 1, 4)), whole[:, 1:4])
+    assert checkpoint.tensor("a", Part(0, 3, 3)).shape == (0, 5)
+
+
+@pytest.mark.parametrize("part", [Part(0, 2, 8), Part(1, 3, 2), Part(2, 0, 1), Part(1, -1, 2)])
+def test_a_part_that_a_matrix_has_not_is_refused(tmp_path, part):
+    save_file({"a": torch.randn(7, 5)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"a tensor of shape \(7, 5\) has no part"):
+        Checkpoint(tmp_path).tensor("a", part)
 
 
 def test_tensors_are_found_in_all_files_of_an_index(sharded):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from shards.checkpoint import BrokenCheckpoint, Checkpoint
 from shards.expert_store import ExpertStore, LocalExperts
@@ -18,6 +19,22 @@ def test_loading_reads_each_tensor_of_the_model_once(tiny_model, name):
     total_bytes = sum(tensor.num_bytes for tensor in model.checkpoint.tensors.values())
     assert told[-1] == (total_bytes, total_bytes)
     assert [done for done, _ in told] == sorted({done for done, _ in told})
+
+
+def test_a_rank_reads_no_more_than_its_parts(tiny_model):
+    model = tiny_model("llama-uneven")
+
+    def bytes_read(rank: int) -> int:
+        told = []
+        group = LonelyRank(rank, 3)
+        load_shard(model.checkpoint, model.config, None, 4, lambda *each: told.append(each), group)
+        (done, total) = told[-1]
+        assert done == total
+        return done
+
+    num_bytes = {name: tensor.num_bytes for name, tensor in model.checkpoint.tensors.items()}
+    replicated = sum(num_bytes[name] for name in num_bytes if "norm" in name or "embed_tokens" in name)
+    assert sum(map(bytes_read, range(3))) == sum(num_bytes.values()) + 2 * replicated
 
 
 def test_an_engine_whose_experts_are_elsewhere_reads_none_of_them(tiny_model, tmp_path):
@@ -47,3 +64,19 @@ def ignore(done: int, total: int) -> None:
 
 def refuse(done: int, total: int) -> None:
     raise AssertionError("something was read")
+
+
+class LonelyRank:
+    """A rank that only loads its share, and never meets the others."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+    def all_reduce(self, x_TC: Tensor) -> Tensor:
+        raise AssertionError("nobody is there")
+
+    def all_gather(self, x_TC: Tensor) -> Tensor:
+        raise AssertionError("nobody is there")
+
+    def close(self) -> None:
+        pass

@@ -29,10 +29,15 @@ SIZES = {
 # head_dim of None is hidden_size / num_attention_heads
 MODELS = {
     "llama": ("Llama", {"hidden_size": 64, "head_dim": None}),
+    "llama-uneven": ("Llama", {"num_attention_heads": 6, "num_key_value_heads": 3}),
     "llama-tied-mha": ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     "mistral": ("Mistral", {"head_dim": 32, "sliding_window": None}),
     "mistral-window": ("Mistral", {"sliding_window": 7, "num_key_value_heads": 1}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "mixtral-uneven": (
+        "Mixtral",
+        {"num_local_experts": 4, "num_attention_heads": 6, "num_key_value_heads": 3, "sliding_window": 20},
+    ),
     "mixtral-tied-window": (
         "Mixtral",
         {"num_local_experts": 4, "num_experts_per_tok": 3, "sliding_window": 20, "tie_word_embeddings": True},

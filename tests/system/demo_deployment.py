@@ -1,19 +1,24 @@
 """A running `tradewind serve`, as the system tests see it."""
 
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import openai
+import psutil
 
 REPOSITORY = Path(__file__).parents[2]
 TRADEWIND = Path(sys.executable).with_name("tradewind")
 MODEL = "smollm2-8x135m"
+START_DEADLINE_S = 180.0
+STOP_DEADLINE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,32 @@ class Deployment:
     def wait_until_idle(self) -> None:
         """Wait until the engine reports that it holds no request; it reports once a second."""
         wait_for(lambda: self.engine()["num_running"] + self.engine()["num_waiting"] == 0, "an idle engine")
+
+
+@contextmanager
+def serving(config: Path, log: Path) -> Iterator[Deployment]:
+    """Start a configuration, wait until it answers, stop it with Ctrl-C; none of it may be left running."""
+    port = free_port()
+    command = [TRADEWIND, "serve", config, "--port", str(port)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+
+    def is_ready() -> bool:
+        assert process.poll() is None, f"tradewind serve ended early:\n{log.read_text()}"
+        return b"Ready at" in log.read_bytes()
+
+    family: list[psutil.Process] = []
+    try:
+        wait_for(is_ready, f"the endpoint (its output is in {log})", START_DEADLINE_S)
+        family = psutil.Process(process.pid).children(recursive=True)
+        yield Deployment(f"http://127.0.0.1:{port}", process)
+        family += psutil.Process(process.pid).children(recursive=True)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(STOP_DEADLINE_S)
+    assert process.returncode == 0, log.read_text()
+    _, left = psutil.wait_procs(family, timeout=STOP_DEADLINE_S)
+    assert not left, f"processes left behind: {left}"
 
 
 def wait_for(condition: Callable[[], object], what: str, deadline_s: float = 30.0) -> None:

@@ -227,7 +227,7 @@ def test_an_answered_request_moves_the_metrics(http, engine, registry):
     exposed = http.get("/metrics").text
     assert 'tradewind_gateway_generated_tokens_total{model="echo"} 13.0' in exposed
     assert 'tradewind_gateway_prompt_tokens_total{model="echo"} 16.0' in exposed
-    assert 'tradewind_gateway_resubmissions_total{model="echo"} 1.0' in exposed
+    assert 'tradewind_gateway_requests_replayed_total{model="echo"} 1.0' in exposed
     assert 'tradewind_gateway_time_to_first_token_seconds_count{model="echo"} 1.0' in exposed
     assert 'tradewind_gateway_inter_token_latency_seconds_count{model="echo"} 12.0' in exposed
     assert 'tradewind_gateway_requests_in_flight{model="echo"} 0.0' in exposed
@@ -246,6 +246,11 @@ def test_a_client_cannot_invent_metric_labels(http, registry):
     http.post("/v1/chat/completions", json={**HI, "model": "made-up"})
     http.get("/made/up")
     assert b"made" not in http.get("/metrics").content
+
+
+def test_a_server_that_was_given_no_commands_has_no_admin_endpoints(http):
+    response = http.post("/admin/models/echo/experts/rebalance", json={})
+    assert error_of(response, 404)["message"] == "there is no /admin/models/echo/experts/rebalance"
 
 
 def test_the_api_needs_no_torch():

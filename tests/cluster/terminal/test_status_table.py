@@ -36,10 +36,20 @@ ENGINE = {
     "used_blocks": 12,
     "total_blocks": 640,
     "tokens_per_s": 81.25,
+    "shards": [],
+}
+PROGRESS = {
+    "wished_groups": 4,
+    "groups": {"starting": 1, "live": 2, "suspect": 0, "draining": 0},
+    "missing_replicas": 118,
+    "lost_experts": 0,
+    "imbalance": 1.082,
+    "is_settled": False,
 }
 SPARSE = {
     "model": "sparse",
     "epoch": 4,
+    "progress": PROGRESS,
     "router": process("Router", "sparse/router", 201),
     "engines": [ENGINE],
     "groups": GROUPS,
@@ -47,6 +57,7 @@ SPARSE = {
 DENSE = {
     "model": "dense",
     "epoch": 0,
+    "progress": None,
     "router": process("Router", "dense/router", 202),
     "engines": [{**ENGINE, "process": process("Engine", "dense/xyz", 302), "epoch": 0}],
     "groups": [],
@@ -74,14 +85,35 @@ def test_every_process_has_a_row():
     ]
 
 
+def test_the_shards_of_an_engine_follow_it():
+    shards = [process("Shard", f"dense/xyz/{rank}", 310 + rank) for rank in (1, 2)]
+    (engine,) = DENSE["engines"]
+    rows = tables({**DENSE, "engines": [{**engine, "shards": shards}]})[0]
+    assert [(row[0], row[1], row[4]) for row in rows[-2:]] == [
+        ("Shard", "dense/xyz/1", "rank 1 of 3"),
+        ("Shard", "dense/xyz/2", "rank 2 of 3"),
+    ]
+
+
 def test_a_row_says_what_its_process_does():
     assert [row[4] for row in tables(SPARSE)[0]] == [
         "HTTP, text, journal",
-        "epoch 4",
+        "epoch 4; 2 of 4 groups live, 1 starting, 118 copies to go; imbalance 1.08",
         "81.2 tokens/s, 7 running, 3 waiting, 12 of 640 KV blocks",
         "experts 0, 10; 2,000 rows, 2 links",
         "experts 2; 0 rows, 1 links",
     ]
+
+
+def test_a_router_without_expert_groups_says_so():
+    assert tables(DENSE)[0][1][4] == "no expert groups"
+
+
+def test_experts_that_no_live_group_has_are_told():
+    lost = {**SPARSE, "progress": {**PROGRESS, "groups": {"live": 0, "suspect": 2}, "lost_experts": 1}}
+    assert tables(lost)[0][1][4] == (
+        "epoch 4; 0 of 4 groups live, 2 suspect, 118 copies to go, 1 expert in no live group; imbalance 1.08"
+    )
 
 
 def test_experts_are_listed_by_number_with_their_share_of_the_rows():

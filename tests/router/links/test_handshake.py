@@ -10,6 +10,7 @@ import pytest
 from router.links import handshake
 from router.links.base import LinkLost
 from router.links.handshake import check_identity, greet_as_connector, greet_as_listener
+from router.links.wire import VERSION
 
 SECRET = b"one cluster's secret"
 
@@ -44,7 +45,7 @@ class Background:
 
 
 def hello(nonce: bytes, name: bytes = b"mallory") -> bytes:
-    return struct.pack("<4sH32sB", b"TWHS", 1, nonce, len(name)) + name
+    return struct.pack("<4sH32sB", b"TWHS", VERSION, nonce, len(name)) + name
 
 
 def read_hello(sock: socket.socket) -> bytes:

@@ -1,10 +1,7 @@
-"""A link over a socket, as its two ends see it."""
+"""What only a link over a socket has; what it shares with every link is in test_link_conformance.py."""
 
-import resource
 import socket
-import struct
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -48,54 +45,6 @@ def rows_frame(data: bytes, num_rows: int = 1, sequence: int = 0) -> Frame:
     return Frame(Kind.ROWS, sequence, 3, b"meta", Dtype.FLOAT32, num_rows, memoryview(data))
 
 
-def test_a_frame_arrives_as_it_was_sent(links):
-    links[0].send(rows_frame(bytes(range(24)), 3, sequence=9))
-    assert links[1].receive(5) == rows_frame(bytes(range(24)), 3, sequence=9)
-
-
-def test_frames_sent_in_one_go_arrive_one_by_one(links):
-    for sequence in range(100):
-        links[0].send(rows_frame(bytes(4 * sequence), 1 if sequence else 0, sequence))
-    assert [links[1].receive(5).sequence for _ in range(100)] == list(range(100))
-
-
-def test_a_frame_larger_than_the_sockets_buffers_arrives_whole(links):
-    data = bytes(range(256)) * 40_000
-    sender = threading.Thread(target=links[0].send, args=(rows_frame(data, 40),))
-    sender.start()
-    frame = links[1].receive(10)
-    sender.join(10)
-    assert frame.rows == data
-
-
-def test_both_sides_can_send_large_frames_at_once_if_each_has_a_reader(links):
-    data = bytes(4_000_000)
-    threads = [threading.Thread(target=link.send, args=(rows_frame(data),)) for link in links]
-    for thread in threads:
-        thread.start()
-    received: list[int] = []
-    reader = threading.Thread(target=lambda: received.append(links[0].receive(10).rows.nbytes))
-    reader.start()
-    assert links[1].receive(10).rows.nbytes == len(data)
-    for thread in (*threads, reader):
-        thread.join(10)
-    assert received == [len(data)]
-
-
-def test_posted_frames_leave_without_blocking_as_the_peer_reads(links):
-    data = bytes(range(256)) * 20_000
-    links[0].post(rows_frame(data, sequence=1))
-    links[0].post(rows_frame(data, sequence=2))
-    assert not links[0].flush()
-    arrived = []
-    while len(arrived) < 2:
-        links[0].flush()
-        if frame := links[1].poll():
-            arrived.append((frame.sequence, bytes(frame.rows) == data))
-    assert arrived == [(1, True), (2, True)]
-    assert links[0].flush()
-
-
 def test_more_posted_frames_than_one_system_call_takes_arrive_in_order():
     left, right = (StreamLink(sock, "peer") for sock in unix_pair())
     left.post(rows_frame(bytes(1_000_000), sequence=0))
@@ -127,40 +76,6 @@ def test_the_receive_buffer_is_reused(links):
     assert rows[0].obj is rows[1].obj
 
 
-def test_the_end_of_the_peer_is_seen_at_once(links):
-    links[0].close()
-    began = time.monotonic()
-    with pytest.raises(LinkLost, match="'b' is lost: "):
-        links[1].receive(30)
-    assert time.monotonic() - began < 1
-
-
-def test_the_end_of_the_peer_in_the_middle_of_a_frame_is_a_loss(raw_and_link):
-    raw, link = raw_and_link
-    raw.sendall(b"".join(encode(rows_frame(bytes(400))))[:-1])
-    raw.close()
-    with pytest.raises(LinkLost):
-        link.receive(5)
-
-
-def test_sending_to_a_peer_that_is_gone_is_a_loss(links):
-    links[1].close()
-
-    def send_all() -> None:
-        for _ in range(100):  # TCP takes a few before the peer's reset arrives
-            links[0].send(rows_frame(bytes(1_000_000)))
-
-    with pytest.raises(LinkLost):
-        send_all()
-
-
-def test_a_receive_that_takes_too_long_is_a_loss_and_closes_the_link(links):
-    with pytest.raises(LinkLost, match="too long"):
-        links[1].receive(0.02)
-    with pytest.raises(LinkLost):
-        links[0].receive(5)
-
-
 def test_a_trickle_of_bytes_does_not_stretch_the_timeout(raw_and_link):
     raw, link = raw_and_link
     data = b"".join(encode(rows_frame(bytes(4_000))))
@@ -186,32 +101,6 @@ def test_a_peer_that_takes_nothing_is_a_loss():
         link = StreamLink(sock, "stuck", send_timeout_s=0.05)
         with pytest.raises(LinkLost, match="'stuck' is lost: the peer took too long"):
             link.send(rows_frame(bytes(10_000_000)))
-
-
-def test_closing_wakes_a_thread_of_ours_that_waits(links):
-    reasons: list[str] = []
-
-    def wait() -> None:
-        try:
-            links[0].receive(30)
-        except LinkLost as error:
-            reasons.append(str(error))
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    links[0].close()
-    links[0].close()
-    thread.join(5)
-    assert len(reasons) == 1
-
-
-def test_an_announced_ten_gigabytes_are_refused_without_allocating_them(raw_and_link):
-    raw, link = raw_and_link
-    raw.sendall(struct.pack("<4sHBB5I", b"TWND", 1, 1, 1, 0, 0, 2_500_000, 4096, 0))
-    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(LinkLost, match="takes at most"):
-        link.receive(5)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 10_000
 
 
 @settings(max_examples=50, deadline=None)

@@ -3,21 +3,22 @@
 import struct
 import tracemalloc
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from router.links.base import Dtype, Frame, Kind, LinkLost
-from router.links.wire import HEADER_BYTES, MAX_FRAME_BYTES, decode_body, decode_header, encode
+from router.links.wire import HEADER_BYTES, MAX_FRAME_BYTES, VERSION, decode_body, decode_header, encode
 
 UINT32 = st.integers(0, 2**32 - 1)
 
 
 @st.composite
 def frames(draw: st.DrawFn) -> Frame:
-    dtype, element_bytes = draw(st.sampled_from([(Dtype.NONE, 0), (Dtype.FLOAT32, 4), (Dtype.BFLOAT16, 2)]))
-    num_rows = draw(st.integers(0, 5)) if element_bytes else 0
-    row_bytes = element_bytes * draw(st.integers(0, 9)) * num_rows
+    dtype = draw(st.sampled_from(Dtype))
+    num_rows = draw(st.integers(0, 5)) if dtype else 0
+    row_bytes = dtype.element_bytes * draw(st.integers(0, 9)) * num_rows
     rows = draw(st.binary(min_size=row_bytes, max_size=row_bytes))
     kind, meta = draw(st.sampled_from(Kind)), draw(st.binary(max_size=50))
     return Frame(kind, draw(UINT32), draw(UINT32), meta, dtype, num_rows, memoryview(rows))
@@ -30,7 +31,7 @@ def decoded(data: bytes) -> Frame:
 
 def header_of(num_rows: int, row_bytes: int, meta_bytes: int) -> bytes:
     return struct.pack(
-        "<4sHBB5I", b"TWND", 1, Kind.ROWS, Dtype.FLOAT32, 0, 0, num_rows, row_bytes, meta_bytes
+        "<4sHBB5I", b"TWND", VERSION, Kind.ROWS, Dtype.FLOAT32, 0, 0, num_rows, row_bytes, meta_bytes
     )
 
 
@@ -55,7 +56,7 @@ def test_a_random_header_is_refused(data: bytes):
 @given(st.binary(min_size=HEADER_BYTES - 7, max_size=HEADER_BYTES - 7))
 def test_a_random_header_behind_the_right_magic_is_good_or_refused(data: bytes):
     try:
-        header = decode_header(b"TWND\x01\x00" + bytes([1]) + data)
+        header = decode_header(b"TWND" + VERSION.to_bytes(2, "little") + bytes([1]) + data)
     except LinkLost:
         return
     assert 0 <= header.body_bytes <= MAX_FRAME_BYTES
@@ -98,6 +99,7 @@ def test_rows_that_do_not_hold_whole_elements_are_refused(num_rows: int, row_byt
         Frame(Kind.ROWS, dtype=Dtype.NONE, num_rows=1),
         Frame(Kind.ROWS, sequence=2**32),
         Frame(Kind.ROWS, layer=-1),
+        Frame(Kind.ROWS, dtype=Dtype.FLOAT32, num_rows=1, device_rows=np.zeros(1)),
     ],
 )
 def test_a_frame_that_a_peer_would_refuse_is_not_encoded(frame: Frame):

@@ -1,0 +1,44 @@
+"""Commands to a model's router, by way of its engines: a gateway has no other way there."""
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from cluster.serve.errors import unavailable
+from router.controller import Progress
+
+UNREACHABLE = (RayError, RayServeException, TimeoutError)
+TIMEOUT_S = 10.0  # a router that plans for a large model may take a second
+
+
+class RayExpertCommands:
+    """Implements ExpertCommands."""
+
+    def __init__(self, engines: Mapping[str, DeploymentHandle], timeout_s: float = TIMEOUT_S) -> None:
+        """`engines` has the engines of each model."""
+        self._engines = engines
+        self._timeout_s = timeout_s
+
+    async def scale(self, model: str, num_groups: int) -> Progress:
+        return await self._answer(self._engines[model].scale_experts.remote(num_groups))
+
+    async def rebalance(self, model: str) -> Progress:
+        return await self._answer(self._engines[model].rebalance_experts.remote())
+
+    async def drain(self, model: str, group: str) -> Progress:
+        return await self._answer(self._engines[model].drain_experts.remote(group))
+
+    async def _answer(self, call: Any) -> Progress:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                progress: Progress = await call
+        except ValueError as error:
+            # It is a RayTaskError, too, whose text is a traceback; the sentence is in the cause.
+            raise ValueError(str(error.cause if isinstance(error, RayTaskError) else error)) from error
+        except UNREACHABLE as error:
+            raise unavailable(f"an engine or its router does not answer: {type(error).__name__}") from error
+        return progress

@@ -1,0 +1,84 @@
+"""What a shard's process holds: one rank of a model, and the thread that runs the engine's steps on it."""
+
+import contextlib
+import logging
+import os
+import threading
+from pathlib import Path
+
+from cluster.actors.node import node_address
+from cluster.actors.rank import DispatchReport, load_rank, step_timeout_s
+from cluster.actors.shard_seat import MEET_TIMEOUT_S, ShardSeat
+from cluster.settings import ModelSettings
+from router.dispatch import ExpertUnavailable
+from router.groups.gloo import GlooGroup
+from router.links.address import Address
+from router.links.base import LinkLost
+from router.links.stream import connect
+from router.placement import Placement
+from shards.step_wire import decode_step
+
+logger = logging.getLogger(__name__)
+
+
+class PushedPlacements:
+    """Implements the dispatcher's `Placements` for a rank that the engine tells what the router told it."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._newest = Placement(epoch=0, groups=())
+
+    def current(self) -> Placement:
+        """Return the newest placement that has come; epoch 0 and no groups before the first."""
+        return self._newest
+
+    def wait_newer(self, epoch: int, timeout_s: float) -> Placement:
+        """Wait until there is a placement newer than `epoch`; return the newest, also when time is up."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._newest.epoch > epoch, timeout_s)
+            return self._newest
+
+    def push(self, placement: Placement) -> None:
+        """Take in a placement, unless it is overtaken by a newer one."""
+        with self._changed:
+            if placement.epoch > self._newest.epoch:
+                self._newest = placement
+                self._changed.notify_all()
+
+
+class ShardProcess:
+    """A shard at work. Making one blocks until the other ranks are met and the weights are read."""
+
+    def __init__(self, model: ModelSettings, checkpoint: Path, secret: bytes, seat: ShardSeat) -> None:
+        """Raises ValueError for a checkpoint that does not fit, GroupLost or LinkLost without an engine."""
+        self.placements = PushedPlacements()
+        group = GlooGroup(
+            seat.meeting_point,
+            seat.rank,
+            seat.size,
+            node_address(),
+            timeout_s=step_timeout_s(model),
+            meet_timeout_s=MEET_TIMEOUT_S,
+        )
+        self._rank = load_rank(model, checkpoint, seat.num_blocks, group, self.placements, secret, seat.name)
+        self._link = connect(Address.parse(seat.engine_address), secret, seat.name)
+        threading.Thread(target=self._run, name="shard-steps", daemon=True).start()
+
+    def report(self) -> DispatchReport | None:
+        """Say what this rank's dispatcher has done since this was last asked; None if it has none."""
+        return self._rank.report()
+
+    def _run(self) -> None:
+        """Run what the engine runs, until it is gone or a step fails; this process ends with it."""
+        try:
+            while True:
+                batch = decode_step(self._link.receive().meta)
+                # If an expert can't be had, all ranks give up this step, and the engine says so.
+                with contextlib.suppress(ExpertUnavailable):
+                    self._rank.shard.run(batch)
+        except LinkLost as error:
+            logger.info("the engine is gone, and so is this shard: %s", error)
+        except BaseException:
+            logger.exception("the shard's step failed; this engine is lost")
+        finally:
+            os._exit(1)

@@ -1,0 +1,31 @@
+"""What an expert group says of itself, several times a second."""
+
+from dataclasses import dataclass
+
+Slot = tuple[int, int]  # what a slot holds: (layer, expert)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How many expert groups there should be; of two wishes, the one with the higher number counts.
+
+    Groups repeat the last one that they heard, so that it outlives the router.
+    """
+
+    number: int
+    num_groups: int
+
+
+@dataclass(frozen=True)
+class GroupState:
+    """One group's answer to a router's heartbeat."""
+
+    name: str
+    address: str  # str(Address) of its listener
+    num_slots: int
+    held: frozenset[Slot]  # ready to be run
+    staging: frozenset[Slot]  # asked for, and not there yet
+    staged_bytes: int  # of weights, from peers and from the checkpoint, since it started
+    busy_s: float  # spent computing since it started
+    wish: Wish
+    is_leaving: bool = False  # its system wants it to end (SIGTERM); it serves until it is let go
