@@ -2,13 +2,15 @@
 # make test     everything CI runs: the checks, then all tests
 # make check    format, lint, types, import directions
 # make format   let ruff rewrite what it can
+# make bench-chaos   what clients notice when processes die (half an hour, on an idle machine)
+# make fuzz     hostile bytes against the frames, for a minute          make check-gpu-api   our calls of NCCL against cupy
 
 PYTHON ?= python3
 VENV   ?= .venv
 CONFIG ?= configs/demo.yaml
 BIN    := $(VENV)/bin
 
-.PHONY: serve test check format
+.PHONY: serve test check format bench-chaos check-gpu-api fuzz
 .SILENT:
 
 serve: $(VENV)/serve.stamp
@@ -27,6 +29,10 @@ format: $(VENV)/test.stamp
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+bench-chaos: $(VENV)/bench.stamp
+	mkdir -p build
+	$(BIN)/python bench/chaos.py --json build/chaos.json --plot build/chaos.png --logs build/chaos-logs
+
 # pip, not a resolver of its own: it finds the CPU build of torch where one was put for it.
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info[:2] <= (3, 13); sys.exit(None if ok else \
@@ -43,3 +49,16 @@ $(VENV)/test.stamp: pyproject.toml | $(VENV)/bin/python
 	echo "Installing Tradewind and what its tests need into $(VENV) (about two minutes, once)"
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]'
 	touch $@ $(VENV)/serve.stamp
+
+$(VENV)/bench.stamp: pyproject.toml | $(VENV)/bin/python
+	echo "Installing Tradewind and what its benchmarks need into $(VENV) (about two minutes, once)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'
+	touch $@ $(VENV)/serve.stamp
+
+check-gpu-api: $(VENV)/test.stamp
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[gpu]'
+	$(BIN)/python -m pytest tests/router/test_nccl_api.py
+
+fuzz: $(VENV)/test.stamp
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[fuzz]'
+	$(BIN)/python tests/router/links/fuzz_frames.py -max_total_time=60

@@ -30,7 +30,7 @@ from chaos_faults import FAULTS, Fault
 from chaos_hosts import why_no_hosts
 from chaos_load import Request, Stream, make_requests, play
 from chaos_plot import plot
-from chaos_report import BIN_S, HEADER, PROMISES, WHOLE, Bar, Row, Run, complaints, line, make_row
+from chaos_report import BIN_S, HEADER, PROMISES, WHOLE, Answers, Bar, Row, Run, complaints, line, make_row
 from chaos_target import Target
 
 LEAD_S = 5.0  # of load before the fault
@@ -107,29 +107,28 @@ def _chosen(only: str | None, parser: argparse.ArgumentParser) -> list[Fault]:
 
 
 def _run_all(faults: Sequence[Fault], options: Options) -> Iterator[Verdict]:
-    """Run and print one fault after the other; those of one kind of deployment share one."""
-    answers: dict[
-        str, dict[int, tuple[tuple[str, float], ...]]
-    ] = {}  # of each model: they depend on nothing else
+    """Run and print one fault after the other; those of one shape share a deployment while it is whole."""
+    answers: dict[str, Answers] = {}  # of each model: they depend on nothing else
     for shape, its_faults in groupby(faults, lambda fault: fault.shape):
+        left = list(its_faults)
         if shape.has_hosts and (reason := why_no_hosts()):
-            print(f"\n{', '.join(fault.name for fault in its_faults)}: skipped; {reason}")
+            print(f"\n{', '.join(fault.name for fault in left)}: skipped; {reason}")
             continue
-        with serve(shape, options.port, options.logs) as deployment:
-            print(f"\n{shape.name}, {options.streams} streams\n{HEADER}")
-            first = asyncio.run(_undisturbed(deployment, options))
-            known = answers.setdefault(
-                shape.model_name, {stream.request.index: stream.tokens for stream in first.streams}
-            )
-            calm = asyncio.run(_undisturbed(deployment, options))
-            for run in (first, calm):
-                yield _judge(run, calm, known, ())
-            for fault in its_faults:
-                run = asyncio.run(_disturbed(deployment, fault, options))
-                yield _judge(run, calm, known, (WHOLE, *fault.bars))
-                if run.trouble:
-                    print("  the deployment is not whole any more; its other faults are left out")
-                    break
+        while left:
+            with serve(shape, options.port, options.logs) as deployment:
+                print(f"\n{shape.name}, {options.streams} streams\n{HEADER}")
+                first = asyncio.run(_undisturbed(deployment, options))
+                calm = asyncio.run(_undisturbed(deployment, options))
+                known = answers.setdefault(
+                    shape.model_name, {stream.request.index: stream.tokens for stream in first.streams}
+                )
+                for run in (first, calm):
+                    yield _judge(run, calm, known, ())
+                is_whole = True
+                while left and is_whole:
+                    run = asyncio.run(_disturbed(deployment, fault := left.pop(0), options))
+                    yield _judge(run, calm, known, (WHOLE, *fault.bars))
+                    is_whole = run.trouble is None
 
 
 async def _undisturbed(deployment: Deployment, options: Options) -> Run:
@@ -173,9 +172,7 @@ async def _load(deployment: Deployment, options: Options, enough: asyncio.Event)
     )
 
 
-def _judge(
-    run: Run, calm: Run, answers: dict[int, tuple[tuple[str, float], ...]], bars: Sequence[Bar]
-) -> Verdict:
+def _judge(run: Run, calm: Run, answers: Answers, bars: Sequence[Bar]) -> Verdict:
     """Compare a run with the calm one, and print what comes of it."""
     row = make_row(run, calm, answers)
     held = tuple((bar.text, bar.holds(row)) for bar in (*PROMISES, *bars))

@@ -59,6 +59,10 @@ def _sparse(**more: int) -> dict[str, Any]:
 TWO_BY_TWO = Shape("2 engines, 2 groups", _sparse())
 ONE_ENGINE = Shape("1 engine, 2 groups", _sparse(engines=1))
 FOUR_GROUPS = Shape("2 engines, 4 groups", _sparse(expert_groups=4))
+# With few slots to spare, so that a load that changes moves experts.
+FEW_SLOTS = Shape(
+    "2 engines, 4 groups, few slots", _sparse(expert_groups=4, expert_replicas=1, expert_slots=3)
+)
 HOSTS = Shape("2 engines, 2 groups, 3 hosts", _sparse(), has_hosts=True)
 SHARDS = Shape(
     "2 engines of 2 shards",

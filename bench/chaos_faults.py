@@ -2,14 +2,16 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
-from chaos_deployment import FOUR_GROUPS, HOSTS, ONE_ENGINE, SHARDS, TWO_BY_TWO, Shape
+from chaos_deployment import FEW_SLOTS, FOUR_GROUPS, HOSTS, ONE_ENGINE, SHARDS, TWO_BY_TWO, Shape
 from chaos_hosts import cut, mend
 from chaos_load import Request, play
 from chaos_report import Bar
-from chaos_target import POLL_PERIOD_S, Target
+from chaos_target import POLL_PERIOD_S, Target, called
 
 STOPPED_S = 5.0
 CUT_S = 5.0
@@ -36,56 +38,70 @@ class Fault:
     prepare: Act | None = None  # before the load that is measured
 
 
-async def kill_group(target: Target) -> None:
-    target.kill((await target.groups())[0])
+def kill_one(*kinds: str) -> Act:
+    """Kill one process of each kind, at once."""
+
+    async def act(target: Target) -> None:
+        target.kill(*[(await target.processes(kind))[0] for kind in kinds])
+
+    return act
 
 
 async def kill_each_group(target: Target) -> None:
-    for victim in await target.groups():
+    for victim in await target.processes("ExpertGroup"):
         target.kill(victim)
         await target.until_whole()
 
 
 async def kill_all_but_one(target: Target) -> None:
-    target.kill(*(await target.groups())[1:])
+    target.kill(*(await target.processes("ExpertGroup"))[1:])
+
+
+async def kill_while_staging(target: Target) -> None:
+    """Kill a group, and then the one that takes its place, while that is being filled."""
+    old = await target.processes("ExpertGroup")
+    target.kill(old[0])
+    async with asyncio.timeout(STAGING_DEADLINE_S):
+        while True:
+            with suppress(httpx.HTTPError):
+                model = await target.model()
+                new = [group for group in model["groups"] if group["process"] not in old]
+                if new and new[0]["experts"] and model["progress"]["missing_replicas"]:
+                    target.kill(new[0]["process"])
+                    return
+            await asyncio.sleep(POLL_PERIOD_S / 10)
 
 
 async def stop_group(target: Target) -> None:
-    await target.stop_for((await target.groups())[0], STOPPED_S)
+    await target.stop_for((await target.processes("ExpertGroup"))[0], STOPPED_S)
 
 
 async def cut_network(target: Target) -> None:
-    """Cut the host off that has an expert group, and not the gateway."""
-    gateway = await target.gateway()
-    victim = next(group["node"] for group in await target.groups() if group["node"] != gateway["node"])
-    cut(victim)
-    target.struck(f"cut {victim} off")
+    """Cut a host off for a while."""
+    host, victims = await _host_to_lose(target)
+    cut(host)
+    target.struck(f"cut {host} off: {called(*victims)}")
     try:
         await asyncio.sleep(CUT_S)
     finally:
-        mend(victim)
+        mend(host)
 
 
-async def kill_router(target: Target) -> None:
-    target.kill(await target.router())
-
-
-async def kill_engine(target: Target) -> None:
-    target.kill((await target.engines())[0])
-
-
-async def kill_shard(target: Target) -> None:
-    target.kill((await target.shards())[0])
+async def lose_host(target: Target) -> None:
+    """Cut a host off for ever."""
+    host, victims = await _host_to_lose(target)
+    cut(host)
+    target.struck(f"lose {host}: {called(*victims)}", *victims)
 
 
 async def rolling_restart(target: Target) -> None:
-    for victim in await target.groups():
+    for victim in await target.processes("ExpertGroup"):
         await target.drain(victim)
         await target.until_whole()
 
 
 async def scale(target: Target) -> None:
-    before = len(await target.groups())
+    before = len(await target.processes("ExpertGroup"))
     await target.scale(2 * before)
     await target.until_whole()
     await target.scale(before)
@@ -111,44 +127,31 @@ async def rebalance(target: Target) -> None:
     await target.rebalance()
 
 
-async def kill_while_staging(target: Target) -> None:
-    """Kill a group, and then the one that takes its place, while that is being filled."""
-    old = {group["pid"] for group in await target.groups()}
-    target.kill((await target.groups())[0])
-    async with asyncio.timeout(STAGING_DEADLINE_S):
-        while True:
-            try:
-                model = await target.model()
-            except httpx.HTTPError:
-                model = {"groups": ()}
-            new = [group for group in model["groups"] if group["process"]["pid"] not in old]
-            if new and new[0]["experts"] and model["progress"]["missing_replicas"]:
-                return target.kill(new[0]["process"])
-            await asyncio.sleep(POLL_PERIOD_S / 10)
-
-
-async def kill_group_and_router(target: Target) -> None:
-    target.kill((await target.groups())[0], await target.router())
-
-
-async def kill_group_and_engine(target: Target) -> None:
-    target.kill((await target.groups())[0], (await target.engines())[0])
+async def _host_to_lose(target: Target) -> tuple[str, list[dict[str, Any]]]:
+    """Choose a host with an expert group, but without the gateway, which has the clients' connections."""
+    everyone = await target.processes()
+    spared = {process["node"] for process in everyone if process["kind"] == "Gateway"}
+    hosts = [p["node"] for p in everyone if p["kind"] == "ExpertGroup" and p["node"] not in spared]
+    if not hosts:
+        raise LookupError("Ray has put every expert group on the gateway's host")
+    return hosts[0], [process for process in everyone if process["node"] == hosts[0]]
 
 
 FAULTS = (
-    Fault("kill-group", TWO_BY_TWO, kill_group, (SHORT_GAP,)),
+    Fault("kill-group", TWO_BY_TWO, kill_one("ExpertGroup"), (SHORT_GAP,)),
     Fault("kill-each-group", TWO_BY_TWO, kill_each_group, (SHORT_GAP,)),
     Fault("stop-group", TWO_BY_TWO, stop_group),
-    Fault("kill-router", TWO_BY_TWO, kill_router),
-    Fault("kill-engine", TWO_BY_TWO, kill_engine, (FAILOVER_GAP,)),
+    Fault("kill-router", TWO_BY_TWO, kill_one("Router")),
+    Fault("kill-engine", TWO_BY_TWO, kill_one("Engine"), (FAILOVER_GAP,)),
     Fault("kill-while-staging", TWO_BY_TWO, kill_while_staging, (SHORT_GAP,)),
-    Fault("kill-group-and-router", TWO_BY_TWO, kill_group_and_router),
-    Fault("kill-group-and-engine", TWO_BY_TWO, kill_group_and_engine, (FAILOVER_GAP,)),
+    Fault("kill-group-and-router", TWO_BY_TWO, kill_one("ExpertGroup", "Router")),
+    Fault("kill-group-and-engine", TWO_BY_TWO, kill_one("ExpertGroup", "Engine"), (FAILOVER_GAP,)),
     Fault("rolling-restart", TWO_BY_TWO, rolling_restart, (STEADY, NO_503)),
     Fault("scale", TWO_BY_TWO, scale, (STEADY, NO_503)),
-    Fault("rebalance", FOUR_GROUPS, rebalance, (STEADY, NO_503), prepare=skew),
+    Fault("rebalance", FEW_SLOTS, rebalance, (STEADY, NO_503), prepare=skew),
     Fault("kill-all-but-one", FOUR_GROUPS, kill_all_but_one),
-    Fault("kill-only-engine", ONE_ENGINE, kill_engine),
+    Fault("kill-only-engine", ONE_ENGINE, kill_one("Engine")),
     Fault("cut-network", HOSTS, cut_network),
-    Fault("kill-shard", SHARDS, kill_shard, (FAILOVER_GAP,)),
+    Fault("lose-host", HOSTS, lose_host),  # last: it does not come back
+    Fault("kill-shard", SHARDS, kill_one("Shard"), (FAILOVER_GAP,)),
 )

@@ -16,7 +16,7 @@ _BRIDGE = "twchaos"
 SERVER = f"{_NETWORK}.11"  # where the endpoint is; we are on the bridge, as .1
 _RAY_PORT = 6379
 _NUM_HOSTS = 3  # the first runs no model: only Ray's head, and the processes that need no CPU of Ray's
-_CPUS_PER_HOST = 3
+_CPUS_PER_HOST = 5  # one host must do if the other is lost
 _NODE_DEADLINE_S = 60.0
 
 

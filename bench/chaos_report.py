@@ -45,12 +45,13 @@ class Run:
 
     def longest_gap_s(self) -> float:
         """Between two tokens of one stream; of gaps that ended behind the first blow."""
-        return max((gap for at, gap in self._gaps() if at >= self.window[0]), default=math.nan)
+        return max((gap for at, gap in self._gaps() if at >= self.window[0]), default=math.inf)
 
     def p99_gap_s(self) -> float:
+        """Of the gaps of which some part is in the window."""
         begin, end = self.window
-        gaps = sorted(gap for at, gap in self._gaps() if begin <= at < end)
-        return gaps[min(int(0.99 * len(gaps)), len(gaps) - 1)] if gaps else math.nan
+        gaps = sorted(gap for at, gap in self._gaps() if begin <= at < end + gap)
+        return gaps[int(0.99 * len(gaps))] if gaps else math.inf
 
     def whole_after_s(self) -> float | None:
         """The longest time from a blow until all was whole; None if it never was."""
@@ -122,7 +123,7 @@ def make_row(run: Run, calm: Run, answers: Answers) -> Row:
         gap_growth_s=run.longest_gap_s() - calm.longest_gap_s(),
         calm_p99_s=calm.p99_gap_s(),
         p99_s=run.p99_gap_s(),
-        first_token_s=max(waits, default=math.nan),
+        first_token_s=max(waits, default=math.inf),
         tokens_per_s=run.tokens_per_s(),
         throughput_lost=1 - run.tokens_per_s() / calm.tokens_per_s(),
         whole_after_s=run.whole_after_s(),

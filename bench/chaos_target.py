@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeVar
 
 import httpx
@@ -43,28 +44,20 @@ class Target:
         (model,) = (await self._status())["models"]
         return dict(model)
 
-    async def groups(self) -> list[dict[str, Any]]:
-        """Return the processes of all expert groups that answer."""
-        return [group["process"] for group in (await self._patiently(self.model))["groups"]]
-
-    async def engines(self) -> list[dict[str, Any]]:
-        return [engine["process"] for engine in (await self._patiently(self.model))["engines"]]
-
-    async def shards(self) -> list[dict[str, Any]]:
-        engines = (await self._patiently(self.model))["engines"]
-        return [shard for engine in engines for shard in engine["shards"]]
-
-    async def router(self) -> dict[str, Any]:
-        return dict((await self._patiently(self.model))["router"])
-
-    async def gateway(self) -> dict[str, Any]:
-        return dict((await self._patiently(self._status))["gateway"])
+    async def processes(self, *kinds: str) -> list[dict[str, Any]]:
+        """Return the processes of these kinds, as /status calls them, or of all."""
+        status = await self._patiently(self._status)
+        (model,) = status["models"]
+        engines = [[engine["process"], *engine["shards"]] for engine in model["engines"]]
+        groups = [group["process"] for group in model["groups"]]
+        everyone = [status["gateway"], model["router"], *chain.from_iterable(engines), *groups]
+        return [process for process in everyone if not kinds or process["kind"] in kinds]
 
     def kill(self, *victims: Mapping[str, Any]) -> None:
         """Kill processes at once, with SIGKILL."""
         for victim in victims:
             os.kill(victim["pid"], signal.SIGKILL)
-        self.struck("kill -9 " + " and ".join(_called(victim) for victim in victims), *victims)
+        self.struck(f"kill -9 {called(*victims)}", *victims)
 
     def struck(self, what: str, *gone: Mapping[str, Any]) -> None:
         """Note what was done just now, and which processes must be replaced for it."""
@@ -74,7 +67,7 @@ class Target:
     async def stop_for(self, victim: Mapping[str, Any], duration_s: float) -> None:
         """Stop a process for some time, with SIGSTOP and SIGCONT."""
         os.kill(victim["pid"], signal.SIGSTOP)
-        self.struck(f"stop {_called(victim)}")
+        self.struck(f"stop {called(victim)}")
         try:
             await asyncio.sleep(duration_s)
         finally:
@@ -91,7 +84,7 @@ class Target:
 
     async def drain(self, victim: Mapping[str, Any]) -> None:
         await self._command("drain", {"group": victim["name"]})
-        self.struck(f"drain {_called(victim)}", victim)
+        self.struck(f"drain {called(victim)}", victim)
 
     async def until_whole(self) -> None:
         """Wait until every process and replica is there that should be; note when, for all blows so far."""
@@ -102,6 +95,7 @@ class Target:
             blow.whole_at = blow.whole_at or time.perf_counter()
 
     async def is_whole(self) -> bool:
+        """Say whether all that should be there is, and whether every engine knows."""
         try:
             model = await self.model()
         except httpx.HTTPError:
@@ -113,6 +107,7 @@ class Target:
             model["router"]["pid"] not in self._gone
             and len(engines) == shape.engines
             and all(len(engine["shards"]) == shape.shards for engine in engines)
+            and all(engine["epoch"] == model["epoch"] for engine in engines)
             and (
                 progress is None or (progress["is_settled"] and progress["wished_groups"] == self._num_groups)
             )
@@ -146,5 +141,6 @@ class Target:
         (await self._client.post(path, json=body)).raise_for_status()
 
 
-def _called(process: Mapping[str, Any]) -> str:
-    return f"{process['kind']} {process['name'].rpartition('/')[2]}"
+def called(*processes: Mapping[str, Any]) -> str:
+    """Name processes for people."""
+    return ", ".join(f"{process['kind']} {process['name'].rpartition('/')[2]}" for process in processes)

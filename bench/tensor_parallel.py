@@ -38,8 +38,8 @@ from shards.step import Chunk, StepBatch
 HOST = "127.0.0.1"
 CONTEXT = 64  # tokens that every sequence has before the measured step
 EXCHANGED_ROWS = (1, 8, 32, 512)
-SEQUENCES = (1, 8, 32)  # that decode in one step
-PROMPT = 512
+SEQUENCES = (1, 8)  # that decode in one step
+PROMPT = 256
 LAYOUTS = ((1, 1), (1, 2), (2, 1))  # ranks, threads of each
 
 Row = dict[str, str | int | float]
@@ -53,9 +53,9 @@ def main() -> None:
     about = describe_run()
     checkpoint = build(DENSE, default_home(), lambda what, done, total: None)
     exchanges = run_ranks(2, measure_exchanges, checkpoint, 1)
+    print_table(exchanges)
     steps = [row for size, threads in LAYOUTS for row in run_ranks(size, measure_steps, checkpoint, threads)]
-    for rows in (exchanges, steps):
-        print_table(rows)
+    print_table(steps)
     if arguments.json:
         arguments.json.write_text(json.dumps({**about, "exchanges": exchanges, "steps": steps}, indent=1))
 
@@ -121,7 +121,9 @@ def measure_steps(group: TensorGroup, checkpoint: Path, threads: int) -> list[Ro
             "ranks": group.size,
             "threads of each": threads,
             "step": name,
-            **in_units("ms", 1e3, measure_s(partial(shard.run, step), 20)),
+            **in_units(
+                "ms", 1e3, measure_s(partial(shard.run, step), 5 if name.startswith("prompt") else 30)
+            ),
         }
         for name, step in steps.items()
     ]

@@ -28,7 +28,7 @@ from shards.partition import all_tensors
 def launch(settings: Settings, console: Console) -> None:
     """Serve until SIGINT or SIGTERM, then end all that was started. Raises ValueError for a mistake."""
     check_port_is_free(settings.http.host, settings.http.port)
-    settings.http.api_keys()  # raises now, not when Ray has been started
+    settings.http.api_keys(), settings.http.admin_keys()  # raise now, not when Ray has been started
     checkpoints = {model.name: _checkpoint(model, console) for model in settings.models}
     with _step("Checking the checkpoints", console):
         for model in settings.models:

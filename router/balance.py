@@ -79,15 +79,32 @@ def balance(
     for layer in range(num_layers):
         first = layer * num_experts % len(active)  # the deal goes on where it ended in the layer before
         dealt = active[first:] + active[:first]
-        held_GE = held_GLE[:, layer]
-        # A step may open the way to others. What is returned must be a placement from which there is none.
-        while True:
-            wanted_GE = _Search(load_LE[layer], held_GE, slots_G, dealt, goal).run()
-            if np.array_equal(wanted_GE, held_GE):
-                break
-            held_GE = wanted_GE
+        wanted_GE, is_balanced = _balance_layer(load_LE[layer], held_GLE[:, layer], slots_G, dealt, goal)
+        if not is_balanced:
+            # A local search may be stuck where it began. From nothing it may get further, and that is then
+            # worth the copies.
+            empty_GE = np.zeros_like(wanted_GE)
+            fresh_GE, is_balanced = _balance_layer(load_LE[layer], empty_GE, slots_G, dealt, goal)
+            wanted_GE = fresh_GE if is_balanced else wanted_GE
         wanted_GLE[:, layer] = wanted_GE
     return wanted_GLE
+
+
+def _balance_layer(
+    load_E: NDArray[np.float64],
+    held_GE: NDArray[np.bool_],
+    slots_G: NDArray[np.int64],
+    dealt: list[int],
+    goal: _Goal,
+) -> tuple[NDArray[np.bool_], bool]:
+    """Return wanted_GE, and whether its imbalance is below the trigger."""
+    # A step may open the way to others. What is returned must be a placement from which there is none.
+    while True:
+        search = _Search(load_E, held_GE, slots_G, dealt, goal)
+        wanted_GE = search.run()
+        if np.array_equal(wanted_GE, held_GE):
+            return wanted_GE, search.is_balanced
+        held_GE = wanted_GE
 
 
 def _check(load_LE: NDArray[np.float64], held_GLE: NDArray[np.bool_], slots_G: NDArray[np.int64]) -> None:
@@ -152,6 +169,11 @@ class _Search:
         self._split = split_of(load_E.tolist(), held_GE)
         self._width = _WIDTH
         self._havens: list[int] = []  # the groups, those with an opening first, then those with few rows
+
+    @property
+    def is_balanced(self) -> bool:
+        """Whether no group has more rows than the trigger allows, at the end of `run`."""
+        return max(self._split.rows_G) <= self._trigger
 
     def run(self) -> NDArray[np.bool_]:
         """Return wanted_GE."""

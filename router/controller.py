@@ -70,13 +70,15 @@ class Progress:
     wished_groups: int
     groups: Mapping[str, int]  # number of groups by standing
     missing_replicas: int  # experts that groups should hold and do not yet
-    lost_experts: int  # experts that no group holds
+    lost_experts: int  # experts that no group holds who could be asked
+    is_planned: bool  # for the groups that there are
     imbalance: float  # most rows of a group / mean, in the worst layer, when it was looked at last
 
     @property
     def is_settled(self) -> bool:
         others = sum(number for standing, number in self.groups.items() if standing != "live")
-        return not others and not self.missing_replicas and self.groups["live"] == self.wished_groups
+        in_place = self.is_planned and not self.missing_replicas
+        return in_place and not others and self.groups["live"] == self.wished_groups
 
 
 @dataclass
@@ -86,7 +88,7 @@ class _Engine:
 
 
 class Controller:
-    """The mind of one model's router. Not thread-safe. Times are in seconds, of a clock that never goes back."""
+    """The mind of one model's router. Not thread-safe. Times are in seconds; their clock never goes back."""
 
     def __init__(self, policy: Policy, epochs: Epochs, prefix: str, now_s: float) -> None:
         """`prefix` begins the name of every group that is started; the lowest number that is free ends it."""
@@ -114,6 +116,10 @@ class Controller:
         """Of the newest placement."""
         return self._epochs.newest.epoch
 
+    def is_draining(self, name: str) -> bool:
+        """Say whether the group is to leave; it should remember that, for another router to know."""
+        return self._members.is_draining(name)
+
     @property
     def names(self) -> tuple[str, ...]:
         """The groups that should exist."""
@@ -139,11 +145,12 @@ class Controller:
         if member and member.state is None:
             self._failed_starts += 1
             self._start_after = now_s + min(0.25 * 2**self._failed_starts, LONGEST_PAUSE_S)
-            if self._failed_starts >= MAX_FAILED_STARTS and self._epochs.newest.epoch == 0:
+            # Not where engines have a placement of an earlier router: they can wait for better days.
+            if self._failed_starts >= MAX_FAILED_STARTS and self._epochs.highest == 0:
                 self._epochs.fail(f"expert group {name} could not be started: {reason}")
 
     def saw_engine(self, name: str, epoch: int, load_LE: NDArray[np.int64], now_s: float) -> None:
-        """Take an engine's word: it sends no row by a placement older than `epoch`, and has sent `load_LE`."""
+        """Take an engine's word: it will send no row by an epoch before this one, and it has sent `load_LE`."""
         self._engines[name] = _Engine(epoch, now_s)
         self._epochs.name(epoch)
         self._load_LE *= 0.5 ** ((now_s - self._decayed_at) / self._policy.half_life_s)
@@ -154,8 +161,9 @@ class Controller:
         """Wish for another number of groups. Raises ValueError if they could not hold every expert."""
         if num_groups < self._policy.smallest_num_groups:
             raise ValueError(
-                f"groups is {num_groups}, but with {self._policy.slots_per_layer} slots for each layer it takes "
-                f"at least {self._policy.smallest_num_groups} groups to hold {self._policy.num_experts} experts"
+                f"groups is {num_groups}, but with {self._policy.slots_per_layer} slots for each layer it "
+                f"takes at least {self._policy.smallest_num_groups} groups to hold "
+                f"{self._policy.num_experts} experts"
             )
         self._wish = Wish(self._wish.number + 1, num_groups)
 
@@ -187,14 +195,15 @@ class Controller:
     def progress(self, now_s: float) -> Progress:
         """Return how far things are."""
         groups = self._members.by_standing(now_s)
-        held = [member.held for member in groups[Standing.LIVE]]
-        missing = sum(len(self._target.get(m.name, frozenset()) - m.held) for m in groups[Standing.LIVE])
-        num_lost = self._policy.num_layers * self._policy.num_experts - len(frozenset().union(*held))
+        live, draining = groups[Standing.LIVE], groups[Standing.DRAINING]
+        missing = sum(len(self._target.get(m.name, frozenset()) - m.held) for m in live)
+        held = frozenset[Slot]().union(*(m.held for m in live + draining))
         return Progress(
             self._wish.num_groups,
             {standing.value: len(its) for standing, its in groups.items()},
             missing,
-            num_lost,
+            self._policy.num_layers * self._policy.num_experts - len(held),
+            self._planned_for == _names(live, groups[Standing.SUSPECT]),
             self._imbalance,
         )
 
@@ -211,7 +220,7 @@ class Controller:
     def _fit_number(
         self, groups: Mapping[Standing, list[Member]], now_s: float
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Start groups if there are too few; drain the youngest if there are too many. Return both's names."""
+        """Start groups if there are too few, drain the youngest if too many; return whom to start and end."""
         staying = [m for its in groups.values() for m in its if not m.is_draining]
         surplus = len(staying) - self._wish.num_groups
         abandoned = [m.name for m in reversed(groups[Standing.STARTING])][: max(surplus, 0)]
@@ -232,7 +241,7 @@ class Controller:
         live, suspect = groups[Standing.LIVE], groups[Standing.SUSPECT]
         if not live:
             return
-        planned_for = [m.name for m in live], [m.name for m in suspect]
+        planned_for = _names(live, suspect)
         if planned_for == self._planned_for and not self._is_out_of_balance(live, now_s):
             return
         self._planned_for, self._balanced_at = planned_for, now_s
@@ -303,3 +312,7 @@ class Controller:
                 layers, experts = zip(*slots, strict=True)
                 held_GLE[group, layers, experts] = True
         return held_GLE
+
+
+def _names(live: list[Member], suspect: list[Member]) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(member.name for member in members) for members in (live, suspect))

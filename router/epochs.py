@@ -25,6 +25,11 @@ class Epochs:
         """The placement that was published last; epoch 0 before the first."""
         return self._newest
 
+    @property
+    def highest(self) -> int:
+        """The highest epoch that was published here, or that anybody has named."""
+        return self._highest
+
     def name(self, epoch: int) -> None:
         """Take note of an epoch that somebody has."""
         self._highest = max(self._highest, epoch)

@@ -28,4 +28,4 @@ class GroupState:
     staged_bytes: int  # of weights, from peers and from the checkpoint, since it started
     busy_s: float  # spent computing since it started
     wish: Wish
-    is_leaving: bool = False  # its system wants it to end (SIGTERM); it serves until it is let go
+    is_leaving: bool = False  # its system (SIGTERM) or a router wants it to end; it serves until it is let go

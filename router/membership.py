@@ -5,7 +5,6 @@ from enum import Enum
 
 from router.group_state import GroupState, Slot
 
-
 _SMOOTHING = 0.2  # weight of the newest answer in what is believed of a group's load
 
 
@@ -64,7 +63,7 @@ class Membership:
         self._members[name] = Member(name, now_s)
 
     def heard(self, state: GroupState, now_s: float) -> bool:
-        """Note a group's answer, and say whether it is the first; one of a group that was let go is ignored."""
+        """Note a group's answer, and say whether it is its first; if it was let go, ignore it."""
         member = self._members.get(state.name)
         if member is None:
             return False
@@ -87,6 +86,9 @@ class Membership:
         if name not in self._members:
             raise ValueError(f"there is no expert group {name!r}; there are {', '.join(self._members)}")
         self._members[name].is_draining = True
+
+    def is_draining(self, name: str) -> bool:
+        return name in self._members and self._members[name].is_draining
 
     def remove(self, name: str) -> Member | None:
         """Forget a group that is dead, or has left."""

@@ -23,19 +23,17 @@ class StageOrder:
 def published(live: Sequence[Member], target: Target) -> dict[str, frozenset[Slot]]:
     """Return which of their experts groups should be asked for.
 
-    An expert that is to leave a group is still asked for there until all groups that are to have it do.
+    An expert that is to leave a group is still asked for there until all groups that are to have it do; or
+    until one of them does, if the group is full and waits for others.
     """
-    awaited: set[Slot] = set()
-    wanted: set[Slot] = set()
+    slots: dict[str, frozenset[Slot]] = {}
+    wanted = frozenset[Slot]().union(*(target.get(member.name, frozenset()) for member in live))
+    arrived = frozenset[Slot]().union(*(member.held & _of(target, member) for member in live))
+    awaited = frozenset[Slot]().union(*(_of(target, member) - member.held for member in live))
     for member in live:
-        its_target = target.get(member.name, frozenset())
-        wanted |= its_target
-        awaited |= its_target - member.held
-    settled = wanted - awaited
-    return {
-        member.name: member.held & target.get(member.name, frozenset()) | member.held - settled
-        for member in live
-    }
+        leaves = arrived if _is_stuck(member, target) else wanted - awaited
+        slots[member.name] = member.held & _of(target, member) | member.held - leaves
+    return slots
 
 
 def stage_orders(live: Sequence[Member], target: Target) -> dict[str, tuple[StageOrder, ...]]:
@@ -43,44 +41,52 @@ def stage_orders(live: Sequence[Member], target: Target) -> dict[str, tuple[Stag
 
     Weights come from a group that holds them, else from the checkpoint; while one group reads an expert,
     others wait for it, so that nothing is read twice. Experts that nobody holds come first, then those that
-    will make room elsewhere.
+    groups exchange: taking one makes room where it was. All others leave a group's last slot free, or groups
+    that are full could wait for each other for ever.
     """
     holders: dict[Slot, list[Member]] = {}
-    being_read: set[Slot] = set()
     for member in live:
-        being_read |= member.staging
         for slot in member.held:
             holders.setdefault(slot, []).append(member)
+    being_read = frozenset[Slot]().union(*(member.staging for member in live))
+    exchanged = {
+        slot
+        for slot, its_holders in holders.items()
+        if any(not member.is_draining and slot not in _of(target, member) for member in its_holders)
+    }
     lacking: dict[Slot, list[Member]] = {}
-    room: dict[str, int] = {}
     for member in live:
-        state = member.state
-        assert state is not None, "a live group has answered"
-        room[member.name] = min(
-            state.num_slots - len(state.held) - len(state.staging), MAX_STAGING - len(state.staging)
-        )
-        for slot in target.get(member.name, frozenset()) - state.held - state.staging - member.freed:
+        for slot in _of(target, member) - member.held - member.staging - member.freed:
             lacking.setdefault(slot, []).append(member)
 
-    def urgency(slot: Slot) -> tuple[bool, bool, Slot]:
-        makes_room = any(slot not in target.get(member.name, ()) for member in holders.get(slot, ()))
-        return bool(holders.get(slot)), not makes_room, slot
-
-    orders: dict[str, list[StageOrder]] = {}
-    fetches: dict[str, int] = {}  # by the group that is fetched from
-    for slot in sorted(lacking, key=urgency):
-        takers = sorted(
-            (member for member in lacking[slot] if len(orders.get(member.name, ())) < room[member.name]),
-            key=lambda member: len(orders.get(member.name, ())),
-        )
+    orders: dict[str, list[StageOrder]] = {member.name: [] for member in live}
+    num_fetches: dict[str, int] = dict.fromkeys(orders, 0)  # by the group that is fetched from
+    for slot in sorted(lacking, key=lambda slot: (slot in holders, slot not in exchanged, slot)):
+        is_urgent = slot not in holders or slot in exchanged
+        takers = [m for m in lacking[slot] if len(orders[m.name]) < _room(m) - (not is_urgent)]
         if slot not in holders:
-            takers = [] if slot in being_read else takers[:1]
+            takers = sorted(takers, key=lambda m: len(orders[m.name]))[: slot not in being_read]
         for taker in takers:
-            peer = None
-            if slot in holders:
-                giver = min(holders[slot], key=lambda member: fetches.get(member.name, 0))
-                fetches[giver.name] = fetches.get(giver.name, 0) + 1
-                assert giver.state is not None, "whoever holds an expert has answered"
-                peer = giver.state.address
-            orders.setdefault(taker.name, []).append(StageOrder(*slot, peer))
-    return {name: tuple(its_orders) for name, its_orders in orders.items()}
+            giver = min(holders.get(slot, ()), key=lambda m: num_fetches[m.name], default=None)
+            if giver:
+                num_fetches[giver.name] += 1
+            peer = giver.state.address if giver and giver.state else None
+            orders[taker.name].append(StageOrder(*slot, peer))
+    return {name: tuple(its_orders) for name, its_orders in orders.items() if its_orders}
+
+
+def _of(target: Target, member: Member) -> frozenset[Slot]:
+    return target.get(member.name, frozenset())
+
+
+def _is_stuck(member: Member, target: Target) -> bool:
+    """Say whether the group is full of what it should not hold, and can't take what it should."""
+    return bool(_of(target, member) - member.held - member.staging) and _room(member) <= 1
+
+
+def _room(member: Member) -> int:
+    """How many experts the group may be told to stage."""
+    if member.state is None:
+        return 0
+    free = member.state.num_slots - len(member.state.held) - len(member.state.staging)
+    return min(free, MAX_STAGING - len(member.state.staging))

@@ -73,7 +73,8 @@ def build_app(settings: Settings, checkpoints: Mapping[str, Path], secret: bytes
         ray_actor_options={"num_cpus": 1},
     )
     folders = {name: str(path) for name, path in checkpoints.items()}
-    return gateway.bind(settings, folders, secret, settings.http.api_keys(), engines)
+    http = settings.http
+    return gateway.bind(settings, folders, secret, http.api_keys(), engines, http.admin_keys())
 
 
 def _engine(model: ModelSettings, checkpoint: Path, secret: bytes) -> "serve.Deployment":

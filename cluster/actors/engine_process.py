@@ -93,6 +93,7 @@ def _end() -> None:
 
 def _fit(model: ModelSettings, config: ModelConfig, weights: Checkpoint) -> tuple[int, int]:
     """Return the context length and the number of KV blocks that settings, checkpoint and memory allow."""
+    # Of all ranks together, as if all were on this node: whether Ray puts them elsewhere is not known yet.
     held = engine_tensors(config) if model.expert_groups else all_tensors(config)
     weight_bytes = sum(weights.tensors[name].num_bytes for name in held if name in weights.tensors)
     context_length = min(model.context_length or config.context_length, config.context_length)

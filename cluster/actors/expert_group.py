@@ -41,9 +41,10 @@ class ExpertGroup:
         self._leave_on_sigterm()
         threading.Thread(target=self._tick, name="lease", daemon=True).start()
 
-    def state(self, wish: Wish) -> GroupState:
-        """Return what is held and done here, and remember how many groups are wished for."""
+    def state(self, wish: Wish, is_draining: bool) -> GroupState:
+        """Return what is held and done here; remember how many groups there should be, and whether to leave."""
         self._wish = max(self._wish, wish, key=lambda each: each.number)
+        self._is_leaving |= is_draining
         return self._state()
 
     def stage(self, orders: tuple[StageOrder, ...]) -> GroupState:

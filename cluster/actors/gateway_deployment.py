@@ -102,7 +102,7 @@ class Gateway:
         """Describe every process of the deployment, as far as this gateway can see."""
         try:
             reports = await self._reports()
-        except UNREACHABLE as error:
+        except (*UNREACHABLE, ValueError) as error:  # ValueError: a router that Serve is bringing back
             raise unavailable(f"an engine or its router does not answer: {type(error).__name__}") from error
         return {
             "gateway": asdict(Process.this("Gateway", self._name)),

@@ -38,8 +38,10 @@ class GroupKeeper:
         connect: Callable[[str], Link],
         metrics: RouterMetrics,
         model: str,
+        kill: Callable[[ActorHandle], None] = ray.kill,
     ) -> None:
         """`start` makes the group of a name; `connect` opens a link to an address, and may block."""
+        self._kill = kill
         self.controller = controller
         self._start = start
         self._connect = connect
@@ -94,7 +96,7 @@ class GroupKeeper:
         for name in (*orders.kill, *orders.let_go):
             logger.warning("%s %s", name, "is given up" if name in orders.kill else "has been drained")
             if handle := self._handles.pop(name, None):
-                ray.kill(handle)
+                self._kill(handle)
         for name in orders.start:
             self._watch(name, self._start(name))
         for name, stage in orders.stage.items():
@@ -124,7 +126,8 @@ class GroupKeeper:
             while self._is_kept(name, handle):
                 asked_at = time.monotonic()
                 try:
-                    state = await _answer(handle.state.remote(self.controller.wish))
+                    is_draining = self.controller.is_draining(name)
+                    state = await _answer(handle.state.remote(self.controller.wish, is_draining))
                 except ActorDiedError as error:
                     self._lose(name, handle, error)
                     return

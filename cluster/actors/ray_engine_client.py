@@ -63,8 +63,10 @@ async def _result(response: object) -> None:
         raise EngineLost(f"the engine died: {error}") from error
     except (EngineFull, BackPressureError) as error:
         raise EngineOverloaded(str(error)) from error
-    except (DeploymentUnavailableError, ValueError) as error:  # ValueError: it does not fit that engine
+    except DeploymentUnavailableError as error:
         raise EngineUnavailable(str(error)) from error
+    except ValueError as error:  # it does not fit that engine; as a RayTaskError its text is a traceback
+        raise EngineUnavailable(str(getattr(error, "cause", error))) from error
 
 
 def _retrieve(call: "asyncio.Future[None]") -> None:

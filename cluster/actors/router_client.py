@@ -10,6 +10,7 @@ import ray
 from numpy.typing import NDArray
 from ray import serve
 from ray.actor import ActorHandle
+from ray.serve.exceptions import RayServeException
 
 from cluster.actors.reports import EngineReport, ModelReport
 from router.controller import Progress
@@ -110,4 +111,8 @@ async def _command(name: str, *arguments: object) -> Progress:
 
 
 def _router() -> ActorHandle:
-    return serve.get_deployment_actor(ROUTER)
+    """Return the router's handle. Raises RayServeException while there is none: Serve is making another."""
+    try:
+        return serve.get_deployment_actor(ROUTER)
+    except ValueError as error:
+        raise RayServeException(f"the router is being restarted: {error}") from error

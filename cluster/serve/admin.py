@@ -127,6 +127,10 @@ async def _read(request: Request, kind: type[BodyT]) -> BodyT:
         return kind.model_validate_json(await read_json(request) or b"{}")
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        param = ".".join(map(str, first["loc"])) or None
-        wrong = f"{param}: {first['msg']}" if param else first["msg"]
+        param = ".".join(map(str, first["loc"])) or None  # None: the body is no JSON object
+        has_value = param and first["type"] != "missing"
+        where = (
+            f"{param} is {json.dumps(first['input'])[:100]}: " if has_value else f"{param}: " if param else ""
+        )
+        wrong = where + first["msg"]
         raise invalid(f"{wrong}; the body should be like {kind.example}", param) from None

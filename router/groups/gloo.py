@@ -5,6 +5,8 @@ T tokens   C columns of one rank   R ranks
 
 import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import reduce
 from typing import Any
@@ -114,15 +116,25 @@ class GlooGroup:
         others = [rank for rank in range(self._size) if rank != self._rank]
         parts = [x_TC if rank == self._rank else torch.empty_like(x_TC) for rank in range(self._size)]
         # Receives first: a message that is awaited needs no copy of its own.
-        works = [(rank, self._gloo.recv([parts[rank]], rank, _TAG)) for rank in others]
-        works += [(rank, self._gloo.send([x_TC], rank, _TAG)) for rank in others]
-        for rank, work in works:
-            try:
+        transfers = [(rank, self._gloo.recv, parts[rank]) for rank in others]
+        transfers += [(rank, self._gloo.send, x_TC) for rank in others]
+        works = []
+        for rank, start, part_TC in transfers:
+            with self._with(rank):
+                works.append(start([part_TC], rank, _TAG))
+        for (rank, _, _), work in zip(transfers, works, strict=True):
+            with self._with(rank):
                 work.wait(self._timeout)
-            except RuntimeError as error:
-                self.close()
-                raise GroupLost(f"rank {rank} of {self._size} is lost: {_reason(error)}") from None
         return parts
+
+    @contextmanager
+    def _with(self, rank: int) -> Iterator[None]:
+        """Leave the group and raise GroupLost if gloo raises its error; it does so from every call."""
+        try:
+            yield
+        except RuntimeError as error:
+            self.close()
+            raise GroupLost(f"rank {rank} of {self._size} is lost: {_reason(error)}") from None
 
 
 def _reason(error: Exception) -> str:

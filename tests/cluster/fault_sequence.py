@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -20,7 +20,7 @@ from cluster.engine.engine import Engine
 from cluster.engine.request import GenerationRequest
 from router.controller import Patience, Policy
 from router.links.address import Address
-from router.links.base import Frame, Kind, LinkLost
+from router.links.base import Frame, Kind
 from router.links.stream import connect
 from shards.sampling_params import SamplingParams
 from tests.cluster.live_engine import Answer, token_of
@@ -172,7 +172,7 @@ class _Sequence:
         try:
             fleet.wait_until("settling", is_settled, self._left_s)
         except Hang as hang:
-            raise Hang(f"the fleet does not settle: {what[0]}") from hang
+            raise Hang(f"the fleet does not settle: {what[0]}\n{fleet.describe()}") from hang
         self._note("settled")
         self._check_engines()
 
@@ -208,8 +208,9 @@ class _Sequence:
         name = group.name if group else "nobody"
         match kind:
             case "kill group" | "kill group unseen" if group:
-                self._note(f"{kind} {name}")
-                group.kill(is_known=kind == "kill group")
+                known_after_s = draw.uniform(1, 15) if kind == "kill group unseen" else 0.0
+                self._note(f"kill {name}; Ray tells after {known_after_s:.1f} s")
+                group.kill(router.now_s + known_after_s)
             case "kill all groups":
                 self._note(kind)
                 for each in groups:
@@ -237,7 +238,9 @@ class _Sequence:
                 load_LE = np.random.default_rng(draw.randrange(1000)).integers(0, 20_000, shape)
                 self._note(kind)
                 router.do(
-                    lambda controller, epochs: controller.saw_engine("one more", epochs.newest.epoch, load_LE, router.now_s)  # noqa: E501
+                    lambda controller, epochs: controller.saw_engine(
+                        "one more", epochs.newest.epoch, load_LE, router.now_s
+                    )
                 )
             case "kill engine" if self._outcome.faults[kind] <= MOST_ENGINE_DEATHS:
                 self._note(f"kill {engine.name}")
@@ -275,7 +278,7 @@ class _Sequence:
     def _check_answers(self) -> None:
         self._outcome.num_requests = len(self._running)
         if wait([answer for _, answer in self._running], self._left_s).not_done:
-            raise Hang("some requests do not end")
+            raise Hang(f"some requests do not end\n{self._fleet.describe()}")
         for request, answer in self._running:
             if error := answer.exception():
                 self._outcome.problems.append(("failed", f"request {request.id}: {error!r}"))

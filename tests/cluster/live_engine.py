@@ -91,9 +91,7 @@ class LiveEngine:
             reply_timeout_s=REPLY_TIMEOUT_S,
             deadline_s=EXPERT_DEADLINE_S,
         )
-        shard = load_shard(
-            model.checkpoint, config, self.dispatcher, NUM_BLOCKS, lambda done, total: None
-        )
+        shard = load_shard(model.checkpoint, config, self.dispatcher, NUM_BLOCKS, lambda done, total: None)
         self.engine = Engine(
             shard,
             vocab_size=config.vocab_size,
@@ -107,9 +105,7 @@ class LiveEngine:
         observer = EngineObserver(EngineMetrics(CollectorRegistry()), "model")
         self.loop = EngineLoop(self.engine, self._deliver, observer, max_open=64)
 
-    def submit(
-        self, request: GenerationRequest, listen: Callable[[TokenEvent], None]
-    ) -> "Future[Generated]":
+    def submit(self, request: GenerationRequest, listen: Callable[[TokenEvent], None]) -> "Future[Generated]":
         self._listeners[request.id] = listen
         return self.loop.submit(request, GATEWAY)
 

@@ -26,7 +26,9 @@ class Hang(AssertionError):
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         stacks = [
             f"{names.get(ident, ident)}: "
-            + " > ".join(f"{Path(each.filename).name}:{each.lineno}" for each in traceback.extract_stack(frame)[-6:])
+            + " > ".join(
+                f"{Path(each.filename).name}:{each.lineno}" for each in traceback.extract_stack(frame)[-6:]
+            )
             for ident, frame in sys._current_frames().items()
         ]
         super().__init__("\n  ".join((what, *stacks)))
@@ -76,6 +78,22 @@ class LiveFleet:
         """Say what is still to be done, if anything: a slot too few, a slot too many, old news."""
         report: str | None = self.router.do(self._unsettled)
         return report
+
+    def describe(self) -> str:
+        """Say who holds what, and who knows what."""
+
+        def describe(controller: Controller, epochs: Epochs) -> str:
+            lines = [f"{controller.progress(self.router.now_s)}", f"the router publishes {epochs.newest}"]
+            lines += [
+                f"{name} at {group.address} holds {sorted(group.store.held)}, stages {sorted(group.stager.pending)}"
+                for name, group in self.router.groups.items()
+                if not group.is_killed
+            ]
+            lines += [f"{engine.name} knows {engine.placements.known}" for engine in self.engines]
+            return "\n".join(lines)
+
+        description: str = self.router.do(describe)
+        return description
 
     def close(self) -> None:
         """End everything, and wait for it."""

@@ -4,6 +4,7 @@ It can be killed (all its sockets close at once, whatever it was doing) and stop
 its sockets stay open).
 """
 
+import math
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -86,7 +87,7 @@ class LiveGroup:
         self.name = name
         self.gate = Gate()
         self._resumes_at: float | None = None  # of the router's clock, while it is stopped
-        self._is_death_known = False
+        self._known_dead_at = math.inf  # as long as it lives, and for some time after
         self.store = GatedStore(num_slots, self.gate)
         self._lock = threading.Lock()  # of the two below
         self._links: list[Link] = []  # to groups that weights come from
@@ -105,10 +106,9 @@ class LiveGroup:
     def is_killed(self) -> bool:
         return self._is_killed
 
-    @property
-    def is_known_dead(self) -> bool:
+    def is_known_dead(self, now_s: float) -> bool:
         """Whether Ray says that it is dead."""
-        return self._is_killed and self._is_death_known
+        return now_s >= self._known_dead_at
 
     def state(self, wish: Wish) -> "Future[GroupState]":
         def state() -> GroupState:
@@ -144,15 +144,15 @@ class LiveGroup:
         self._resumes_at = None
         self.gate.open()
 
-    def kill(self, is_known: bool = True) -> None:
-        """End at once, also if it is stopped; if it `is_known`, Ray tells the router.
+    def kill(self, known_at: float = 0.0) -> None:
+        """End at once, also if it is stopped; from `known_at` on, of the router's clock, Ray knows.
 
         Returns when every thread and socket of it is gone.
         """
         with self._lock:
             if self._is_killed:
                 return
-            self._is_killed, self._is_death_known = True, is_known
+            self._is_killed, self._known_dead_at = True, known_at
             links = [*self._links]
         self.gate.kill()
         for link in links:

@@ -105,7 +105,7 @@ class LiveRouter:
             self._unlink(kept)
         self._kept = {}
         for group in found:
-            if not group.is_known_dead:  # else Ray no longer lists it
+            if not group.is_known_dead(self.now_s):  # else Ray no longer lists it
                 self._controller.found(group.name, self.now_s)
                 self._kept[group.name] = _Kept(group)
 
@@ -151,7 +151,7 @@ class LiveRouter:
         now = self.now_s
         for name, kept in [*self._kept.items()]:
             kept.group.resume_if(now)
-            if kept.group.is_known_dead:
+            if kept.group.is_known_dead(now):
                 self._forget(name)
                 self._controller.lost(name, "it was killed", now)
             elif not kept.is_asked and now >= kept.ask_at:

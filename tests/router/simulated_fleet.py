@@ -118,6 +118,7 @@ class Fleet:
         for group in self.groups.values():
             if not group.is_silent and not group.steps_to_start:
                 group.wish = max(group.wish, self.controller.wish, key=lambda wish: wish.number)
+                group.is_leaving |= self.controller.is_draining(group.name)
                 self.controller.heard(group.state(), self.now_s)
         for engine in self.engines:
             if not engine.is_stalled and self.placement.epoch > engine.placement.epoch:

@@ -101,13 +101,10 @@ def test_an_operation_without_its_other_side_loses_the_communicator_in_time(open
         ours.send(ours._device.empty(8), Dtype.UINT8, 1)
 
 
-def test_an_idle_communicator_outlives_its_timeout(open_pair, background):
-    ours, theirs = open_pair(timeout_s=0.02)
-    threading.Event().wait(0.1)
-    sending = background(ours.send, ours._device.empty(8), Dtype.UINT8, 1)
-    theirs.receive(theirs._device.empty(8), Dtype.UINT8, 0)
-    theirs.wait()
-    sending.result(5)
+def test_an_idle_communicator_outlives_its_timeout(open_pair):
+    lost = threading.Event()
+    open_pair(timeout_s=0.02, on_lost=lost.set)
+    assert not lost.wait(0.2)
 
 
 def test_an_error_of_the_network_loses_the_communicator(open_pair):

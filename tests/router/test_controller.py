@@ -184,6 +184,25 @@ def test_a_new_router_remembers_how_many_groups_are_wished_for():
     assert len(fleet.groups) == 3
 
 
+def test_a_new_router_goes_on_with_a_drain():
+    fleet = settled_fleet(num_groups=2, min_replicas=1)
+    before = fleet.groups["model/0"]
+    fleet.controller.drain("model/0")
+    fleet.step()
+    fleet.step()
+    fleet.new_router()
+    fleet.settle()
+    assert before not in fleet.groups.values()
+
+
+def test_nothing_is_settled_before_it_is_planned_for_the_groups_that_there_are():
+    fleet = settled_fleet()
+    fleet.controller.rebalance()
+    assert not fleet.controller.progress(fleet.now_s).is_settled
+    fleet.step()
+    assert fleet.controller.progress(fleet.now_s).is_settled
+
+
 def test_slots_are_not_freed_while_an_engine_is_in_a_step_under_an_older_placement():
     fleet = settled_fleet(num_groups=2, slots_per_layer=2, min_replicas=1)
     fleet.engines[0].is_stalled = True
@@ -222,6 +241,21 @@ def test_a_group_that_can_not_be_started_fails_the_deployment_with_the_reason():
             fleet.kill(name)
     with pytest.raises(ValueError, match="could not be started: killed"):
         asyncio.run(fleet.epochs.after(0, timeout_s=0))
+
+
+def test_starts_that_fail_under_a_new_router_fail_nobody_who_has_an_earlier_placement():
+    fleet = settled_fleet()
+    fleet.step()  # so that the engines have it
+    fleet.kill("model/0")
+    fleet.kill("model/1")
+    fleet.new_router()
+    for _ in range(40):
+        fleet.step()
+        for name in list(fleet.groups):
+            fleet.kill(name)
+    fleet.settle()
+    known = fleet.engines[0].placement.epoch
+    assert asyncio.run(fleet.epochs.after(known - 1, timeout_s=0)) == fleet.placement
 
 
 def test_starts_that_fail_are_tried_less_and_less_often():

@@ -136,7 +136,7 @@ def test_a_model_that_is_not_served_is_named_with_those_that_are(http, command, 
     [
         ("scale", b"{}", "groups", "groups: Field required"),
         ("scale", b"", "groups", "groups: Field required"),
-        ("scale", b'{"groups": 0}', "groups", "greater than or equal to 1"),
+        ("scale", b'{"groups": 0}', "groups", "groups is 0: Input should be greater than or equal to 1"),
         ("scale", b'{"groups": "4"}', "groups", "valid integer"),
         ("scale", b'{"groups": true}', "groups", "valid integer"),
         ("scale", b'{"groups": 4, "model": "x"}', "model", "Extra inputs are not permitted"),

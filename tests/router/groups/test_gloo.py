@@ -23,16 +23,14 @@ HOST = "127.0.0.1"
 def on_all_ranks(size: int, do: Callable[[TensorGroup], Tensor]) -> list[Tensor]:
     """Run `do` on each of `size` ranks, threads of this process; return what came of it, in order."""
     meeting_point = MeetingPoint(HOST)
-
-    def run(rank: int) -> Tensor:
-        group = GlooGroup(meeting_point.address, rank, size, HOST)
-        try:
-            return do(group)
-        finally:
-            group.close()
-
     with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(run, range(size)))
+        # All are there before the first may leave: to leave a group that still meets is another story.
+        groups = list(pool.map(lambda rank: GlooGroup(meeting_point.address, rank, size, HOST), range(size)))
+        try:
+            return list(pool.map(do, groups))
+        finally:
+            for group in groups:
+                group.close()
 
 
 def tensor_of(rank: int, num_rows: int = 5) -> Tensor:

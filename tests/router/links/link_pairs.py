@@ -5,7 +5,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -14,7 +14,7 @@ from router.links.base import Dtype, Frame, Kind, Link
 from router.links.nccl import NcclLink
 from router.links.stream import StreamLink
 from router.links.wire import MAX_FRAME_BYTES, encode
-from tests.router.nccl_double import Gate, World
+from tests.router.nccl_double import World
 
 Pair = tuple[Link, Link]
 
@@ -27,7 +27,7 @@ class Ends:
     sockets: tuple[socket.socket, socket.socket]
     devices: tuple[Device, Device] | None = None  # where rows lie, if not in host memory
     on_kill: Callable[[int], None] = lambda side: None
-    held: list[Gate] = field(default_factory=list)
+    hold: Callable[[], object] = lambda: None  # keeps the sending device busy, so that rows do not leave
 
     def frame(
         self,
@@ -59,7 +59,7 @@ class Ends:
         if self.devices is None:
             self.sockets[0].sendall(b"".join(encode(frame))[:-1])
         else:
-            self.held.append(self.devices[0].current_stream().run(lambda: None))
+            self.hold()
             self.links[0].send(frame)
 
     def close(self) -> None:
@@ -111,7 +111,13 @@ def over_double(sockets, *, host_rows: bool = False, **knobs) -> Iterator[Ends]:
     devices = world.device("device of a"), world.device("device of b")
     bound = {"max_frame_bytes": knobs.get("max_frame_bytes", MAX_FRAME_BYTES)}
     links = open_both(stream_links(sockets, **bound), devices, **knobs)
-    ends = Ends(links, sockets, None if host_rows else devices, lambda side: devices[side].die())
+    ends = Ends(
+        links,
+        sockets,
+        None if host_rows else devices,
+        on_kill=lambda side: devices[side].die(),
+        hold=lambda: devices[0].current_stream().run(lambda: None),
+    )
     yield ends
     ends.close()
     world.check()
@@ -123,7 +129,8 @@ def over_cuda(sockets, **knobs) -> Iterator[Ends]:
     if torch.cuda.device_count() == 1:
         os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
     devices = CudaDevice(0), CudaDevice(torch.cuda.device_count() - 1)
-    ends = Ends(open_both(stream_links(sockets), devices, **knobs), sockets, devices)
+    links = open_both(stream_links(sockets), devices, **knobs)
+    ends = Ends(links, sockets, devices, hold=lambda: torch.cuda._sleep(5 * 10**9))  # cycles: seconds
     yield ends
     ends.close()
 
