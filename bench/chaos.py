@@ -13,6 +13,7 @@ of a machine that also starts the new processes. Exit status 1: a request failed
 import argparse
 import asyncio
 import json
+import math
 import signal
 import sys
 import tempfile
@@ -78,6 +79,8 @@ def main() -> None:
     if arguments.list:
         print("\n".join(f"{fault.name:24}{fault.shape.name}" for fault in FAULTS))
         return
+    if arguments.requests < 2 * arguments.streams:
+        parser.error("--requests must be at least twice --streams, or the load is never steady")
     faults = _chosen(arguments.only, parser)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # through every cleanup
 
@@ -188,8 +191,10 @@ def _judge(run: Run, calm: Run, answers: Answers, bars: Sequence[Bar]) -> Verdic
 
 def _fields(verdict: Verdict) -> dict[str, Any]:
     run = verdict.run
+    row = asdict(verdict.row)
     return {
-        **asdict(verdict.row),
+        # A gap that never came is infinite, which JSON does not know.
+        **{name: None if value == math.inf else value for name, value in row.items()},
         "bars": dict(verdict.bars),
         "complaints": verdict.complaints,
         "blows": [

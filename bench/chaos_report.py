@@ -169,17 +169,17 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("failed", lambda row: str(row.failed)),
     ("503s", lambda row: str(row.num_503)),
     ("differing", lambda row: str(row.differing)),
-    ("longest gap, s", lambda row: f"{row.calm_gap_s:.2f} -> {row.gap_s:.2f}"),
+    (" longest gap, s", lambda row: f"{row.calm_gap_s:.2f} -> {row.gap_s:.2f}"),
     ("growth, ms", lambda row: f"{1e3 * row.gap_growth_s:+.0f}"),
-    ("p99 gap, s", lambda row: f"{row.calm_p99_s:.2f} -> {row.p99_s:.2f}"),
+    ("     p99 gap, s", lambda row: f"{row.calm_p99_s:.2f} -> {row.p99_s:.2f}"),
     ("tokens/s", lambda row: f"{row.tokens_per_s:.0f}"),
     ("lost", lambda row: f"{row.throughput_lost:.0%}"),
     ("whole after, s", lambda row: "never" if row.whole_after_s is None else f"{row.whole_after_s:.1f}"),
     ("moved, MB", lambda row: f"{row.moved_bytes / 1e6:.0f}"),
 )
-HEADER = f"{'':24}" + "".join(f"{name:>{len(name) + 3}}" for name, _ in _COLUMNS)
+HEADER = f"{'':22}" + "".join(f"  {name}" for name, _ in _COLUMNS)
 
 
 def line(row: Row) -> str:
     """Word a row for the table."""
-    return f"{row.name:24}" + "".join(f"{cell(row):>{len(name) + 3}}" for name, cell in _COLUMNS)
+    return f"{row.name:22}" + "".join(f"  {cell(row):>{len(name)}}" for name, cell in _COLUMNS)

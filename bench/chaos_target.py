@@ -101,10 +101,10 @@ class Target:
         except httpx.HTTPError:
             return False
         shape, progress = self.deployment.shape, model["progress"]
-        engines = [engine for engine in model["engines"] if engine["process"]["pid"] not in self._gone]
-        groups = [group for group in model["groups"] if group["process"]["pid"] not in self._gone]
+        engines = [engine for engine in model["engines"] if self._lives(engine["process"], *engine["shards"])]
+        groups = [group for group in model["groups"] if self._lives(group["process"])]
         return (
-            model["router"]["pid"] not in self._gone
+            self._lives(model["router"])
             and len(engines) == shape.engines
             and all(len(engine["shards"]) == shape.shards for engine in engines)
             and all(engine["epoch"] == model["epoch"] for engine in engines)
@@ -113,6 +113,10 @@ class Target:
             )
             and len(groups) == self._num_groups
         )
+
+    def _lives(self, *processes: Mapping[str, Any]) -> bool:
+        """Say whether none of these is one that we ended; reports of the dead are shown for a while."""
+        return self._gone.isdisjoint(process["pid"] for process in processes)
 
     async def moved_bytes(self) -> int:
         """Return how many bytes of weights groups have staged so far."""

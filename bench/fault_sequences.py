@@ -3,9 +3,9 @@
     .venv/bin/python bench/fault_sequences.py --seeds 200
     .venv/bin/python bench/fault_sequences.py --seeds 1 --first 59 --story
 
-Each seed is a fleet of real expert groups, engines, links, a journal and a router, in threads of this process,
-and a random sequence of faults under load (tests/cluster/fault_sequence.py). Every answer must be the
-undisturbed one, bit for bit, and nothing may be left behind. The exit code is 1 if something is wrong.
+Each seed is a fleet of real expert groups, engines, links, a journal and a router, in threads of this
+process, and a random sequence of faults under load (tests/cluster/fault_sequence.py). Every answer must be
+the undisturbed one, bit for bit, and nothing may be left behind. The exit code is 1 if something is wrong.
 """
 
 import argparse

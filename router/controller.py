@@ -71,8 +71,8 @@ class Progress:
     groups: Mapping[str, int]  # number of groups by standing
     missing_replicas: int  # experts that groups should hold and do not yet
     lost_experts: int  # experts that no group holds who could be asked
-    is_planned: bool  # for the groups that there are
     imbalance: float  # most rows of a group / mean, in the worst layer, when it was looked at last
+    is_planned: bool = True  # what each should hold, for the groups that there are now
 
     @property
     def is_settled(self) -> bool:
@@ -102,6 +102,7 @@ class Controller:
         self._load_LE = np.zeros((policy.num_layers, policy.num_experts))
         self._decayed_at = self._balanced_at = self._began_at = now_s
         self._target: dict[str, frozenset[Slot]] = {}
+        self._asked_for: dict[str, frozenset[Slot]] = {}  # of each group, as soon as a placement is whole
         self._planned_for: object = None  # the groups that `_target` was made for
         self._imbalance = 1.0  # as it was when it was looked at last
         self._failed_starts = 0
@@ -203,8 +204,8 @@ class Controller:
             {standing.value: len(its) for standing, its in groups.items()},
             missing,
             self._policy.num_layers * self._policy.num_experts - len(held),
-            self._planned_for == _names(live, groups[Standing.SUSPECT]),
             self._imbalance,
+            self._planned_for == _names(live, groups[Standing.SUSPECT]),
         )
 
     def _follow_load(self, live: list[Member], now_s: float) -> None:
@@ -278,6 +279,7 @@ class Controller:
         groups = tuple(
             Group(name, addresses[name], tuple(sorted(held))) for name, held in sorted(slots.items()) if held
         )
+        self._asked_for = slots
         is_whole = len(frozenset().union(*slots.values())) == self._load_LE.size
         if is_whole or self._epochs.newest.epoch:  # nothing can be served before every expert is there
             self._epochs.publish(groups)
@@ -291,9 +293,10 @@ class Controller:
         for name in [n for n, engine in self._engines.items() if now_s - engine.seen_at > ENGINE_TTL_S]:
             del self._engines[name]
         newest = self._epochs.newest
-        if not newest.epoch or any(engine.epoch < newest.epoch for engine in self._engines.values()):
+        if any(engine.epoch < newest.epoch for engine in self._engines.values()):
             return {}, ()
-        asked_for = {group.name: frozenset(group.slots) for group in newest.groups}
+        # Also before the first placement: a group full of what it should not hold would never make it whole.
+        asked_for = self._asked_for
         free: dict[str, frozenset[Slot]] = {}
         for member in groups[Standing.LIVE]:
             target = self._target.get(member.name, member.held)
@@ -301,7 +304,7 @@ class Controller:
             member.freed |= unused
             if member.freed:  # again, until it confirms
                 free[member.name] = frozenset(member.freed)
-        let_go = tuple(m.name for m in groups[Standing.DRAINING] if m.name not in asked_for)
+        let_go = tuple(m.name for m in groups[Standing.DRAINING] if newest.epoch and not asked_for[m.name])
         return free, let_go
 
     def _grid(self, held: list[frozenset[Slot]]) -> NDArray[np.bool_]:

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -102,6 +102,7 @@ def run_sequence(seed: int, workload: Workload, directory: Path) -> Outcome:
     """Do it all, end everything, and look what is left. Takes DEADLINE_S + CLOSING_S at most."""
     outcome = Outcome(seed)
     started_at = time.monotonic()
+    hook, threading.excepthook = threading.excepthook, _ignore_killed(threading.excepthook)
     before = _Belongings.now()
     sequence = _Sequence(seed, workload, directory, outcome)
     try:
@@ -119,7 +120,13 @@ def run_sequence(seed: int, workload: Workload, directory: Path) -> Outcome:
         del sequence, closing  # a closed listener's last sockets go with the listener
         outcome.problems += before.leaks()
     outcome.seconds = time.monotonic() - started_at
+    threading.excepthook = hook
     return outcome
+
+
+def _ignore_killed(hook: Callable[[threading.ExceptHookArgs], object]) -> Callable[..., object]:
+    """Pass on to `hook` all but the SystemExit of a killed group: that of pytest would keep its frames."""
+    return lambda arguments: None if arguments.exc_type is SystemExit else hook(arguments)
 
 
 class _Sequence:
@@ -237,11 +244,7 @@ class _Sequence:
                 shape = self._policy.num_layers, self._policy.num_experts
                 load_LE = np.random.default_rng(draw.randrange(1000)).integers(0, 20_000, shape)
                 self._note(kind)
-                router.do(
-                    lambda controller, epochs: controller.saw_engine(
-                        "one more", epochs.newest.epoch, load_LE, router.now_s
-                    )
-                )
+                router.do(lambda it, epochs: it.saw_engine("another", it.epoch, load_LE, router.now_s))
             case "kill engine" if self._outcome.faults[kind] <= MOST_ENGINE_DEATHS:
                 self._note(f"kill {engine.name}")
                 fleet.add_engine()

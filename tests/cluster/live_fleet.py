@@ -1,4 +1,4 @@
-"""A model's whole fleet in this process: real groups, engines, links and a journal around a real Controller."""
+"""A model's fleet in this process: real groups, engines, links and a journal around a real Controller."""
 
 import sys
 import threading
@@ -85,7 +85,8 @@ class LiveFleet:
         def describe(controller: Controller, epochs: Epochs) -> str:
             lines = [f"{controller.progress(self.router.now_s)}", f"the router publishes {epochs.newest}"]
             lines += [
-                f"{name} at {group.address} holds {sorted(group.store.held)}, stages {sorted(group.stager.pending)}"
+                f"{name} at {group.address} holds {sorted(group.store.held)} "
+                f"and stages {sorted(group.stager.pending)}"
                 for name, group in self.router.groups.items()
                 if not group.is_killed
             ]

@@ -1,7 +1,7 @@
 """An expert group in threads of this process: what cluster/actors/expert_group.py is, without Ray.
 
-It can be killed (all its sockets close at once, whatever it was doing) and stopped (nothing in it goes on, and
-its sockets stay open).
+It can be killed (all its sockets close at once, whatever it was doing) and stopped (nothing in it goes on,
+and its sockets stay open).
 """
 
 import math

@@ -1,4 +1,4 @@
-"""A router in a thread of this process: a real Controller, and what cluster/actors/group_keeper.py does with Ray.
+"""A router in a thread of this process: a real Controller, and what GroupKeeper does for it, without Ray.
 
 The controller's clock runs SPEED times as fast as ours: its patience, in seconds, costs us milliseconds.
 """

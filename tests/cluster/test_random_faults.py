@@ -1,10 +1,11 @@
-"""Promise 1 without Ray: random faults under load, over real parts in one process (tests/cluster/fault_sequence.py).
+"""Promise 1 without Ray: random faults under load, over real parts in one process (fault_sequence.py).
 
 `python bench/fault_sequences.py` runs as many sequences as one asks for.
 """
 
 import gc
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,14 @@ def workload(tiny_model: Callable[..., TinyModel]) -> Workload:
     set_threads(1, spin_us=0)
     torch.set_num_threads(1)
     return Workload.make(tiny_model("mixtral", torch.bfloat16))
+
+
+@pytest.fixture(autouse=True)
+def no_log() -> Iterator[None]:
+    """Log nothing: pytest keeps the records, and with them errors, their frames and all that is in there."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.mark.parametrize("seed", [*FOUND, *SEEDS])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from router.autoscale import AutoscalePolicy
-from tests.router.simulated_fleet import ALL, NUM_EXPERTS, NUM_LAYERS, STEP_S, Fleet
+from tests.router.simulated_fleet import ALL, NUM_EXPERTS, NUM_LAYERS, STEP_S, Fleet, SimulatedGroup
 
 
 def settled_fleet(**policy) -> Fleet:
@@ -201,6 +201,19 @@ def test_nothing_is_settled_before_it_is_planned_for_the_groups_that_there_are()
     assert not fleet.controller.progress(fleet.now_s).is_settled
     fleet.step()
     assert fleet.controller.progress(fleet.now_s).is_settled
+
+
+def test_a_new_router_that_finds_a_group_full_of_what_it_should_not_hold_makes_the_placement_whole():
+    fleet = settled_fleet(num_groups=2, slots_per_layer=2, min_replicas=1)
+    full = {(layer, expert) for layer in range(NUM_LAYERS) for expert in (0, 1, 2)}
+    other = {(layer, expert) for layer in range(NUM_LAYERS) for expert in (0, 1)}
+    fleet.groups = {
+        name: SimulatedGroup(name, process, len(full), steps_to_start=0, held=held)
+        for name, process, held in (("model/0", 3, full), ("model/1", 4, other))
+    }
+    fleet.new_router()
+    fleet.settle()
+    assert set(replicas(fleet)) == ALL
 
 
 def test_slots_are_not_freed_while_an_engine_is_in_a_step_under_an_older_placement():

@@ -3,6 +3,7 @@
 import pytest
 
 from shards.checkpoint import Part
+from shards.config import ModelConfig
 from shards.partition import Share, all_experts, all_tensors, engine_tensors, expert_tensors
 from tests.shards.tiny_models import MODELS
 
@@ -26,12 +27,14 @@ def test_a_dense_model_is_all_engine(tiny_model):
     assert engine_tensors(config) == all_tensors(config)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("size", [2, 3])
-def test_the_parts_of_all_ranks_are_the_whole_tensor_in_order(tiny_model, name, size):
+@pytest.mark.parametrize("name", sorted(set(MODELS) - {"mistral-window"}))  # which has one KV head
+def test_the_parts_of_all_ranks_are_the_whole_tensor_in_order(tiny_model, name):
     config = tiny_model(name).config
-    if size > config.num_kv_heads:
-        pytest.skip(f"{name} has {config.num_kv_heads} KV heads")
+    for size in range(2, config.num_kv_heads + 1):
+        check_parts(config, size)
+
+
+def check_parts(config: ModelConfig, size: int) -> None:
     parts = [Share.of(config, rank, size).parts() for rank in range(size)]
     for tensor, shape in all_tensors(config).items():
         cuts = [its[tensor] for its in parts if tensor in its]

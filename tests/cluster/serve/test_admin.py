@@ -95,6 +95,7 @@ def test_a_command_that_is_taken_is_answered_with_how_far_it_is(http):
         "missing_replicas": 118,
         "lost_experts": 0,
         "imbalance": 1.25,
+        "is_planned": True,
         "is_settled": False,
     }
 
