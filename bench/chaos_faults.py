@@ -16,6 +16,7 @@ from chaos_target import POLL_PERIOD_S, Target, called
 STOPPED_S = 5.0
 CUT_S = 5.0
 SKEWED_S = 12.0  # longer than the half-life of a row in the router's load
+NUM_REBALANCES, REBALANCE_PERIOD_S = 4, 6.0
 STAGING_DEADLINE_S = 60.0
 
 Act = Callable[[Target], Awaitable[None]]
@@ -124,7 +125,11 @@ async def skew(target: Target) -> None:
 
 
 async def rebalance(target: Target) -> None:
-    await target.rebalance()
+    """Rebalance again and again, as the load that the placement was made for is forgotten."""
+    for _ in range(NUM_REBALANCES):
+        await target.rebalance()
+        await target.until_whole()
+        await asyncio.sleep(REBALANCE_PERIOD_S)
 
 
 async def _host_to_lose(target: Target) -> tuple[str, list[dict[str, Any]]]:

@@ -27,7 +27,8 @@ from about import describe_run
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the tests are not installed
 
 from shards.kernels.cpu import set_threads
-from tests.cluster.fault_sequence import Outcome, Workload, run_sequence
+from tests.cluster.fault_sequence import Outcome, run_sequence
+from tests.cluster.workload import Workload
 from tests.shards.tiny_models import TinyModel, save_random_model
 
 WARM_UP = 10  # sequences, before memory is looked at

@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,7 +47,7 @@ Floats = NDArray[np.float64]
 BAR = 1.1
 ZIPF = 1.2
 NUM_LAYERS, NUM_EXPERTS, NUM_GROUPS = 8, 8, 4
-SLOTS_PER_LAYER = (3, 4)  # of a group: it takes 2 to hold every expert once
+SLOTS_PER_LAYER = 3  # of a group: it takes 2 to hold every expert once
 NUM_TOKENS = (16, 64, 256, 1024)  # of a step; each goes to one expert of a layer
 HIDDEN_SIZE = 8
 TICK_S = 0.25
@@ -103,8 +102,8 @@ class Group:
 class Fleet:
     """The groups, and the controller that fills them; time passes only by `tick`. Also the `Placements`."""
 
-    def __init__(self, slots_per_layer: int, folder: Path) -> None:
-        self._policy = Policy(NUM_LAYERS, NUM_EXPERTS, NUM_GROUPS, slots_per_layer)
+    def __init__(self, folder: Path) -> None:
+        self._policy = Policy(NUM_LAYERS, NUM_EXPERTS, NUM_GROUPS, SLOTS_PER_LAYER)
         self._folder = folder
         self._epochs = Epochs()
         self._now_s = 0.0
@@ -126,7 +125,7 @@ class Fleet:
         self._controller.saw_engine("engine", self.current().epoch, load_LE, self._now_s)
         orders = self._controller.tick(self._now_s)
         for name in orders.start:
-            num_slots = NUM_LAYERS * (self._policy.slots_per_layer + 1)
+            num_slots = NUM_LAYERS * (SLOTS_PER_LAYER + 1)
             self.groups[name] = Group(name, num_slots, self._folder)
         for name, stage in orders.stage.items():
             self.groups[name].store.held |= {(order.layer, order.expert) for order in stage}
@@ -148,17 +147,16 @@ def main() -> None:
 
     about = describe_run()
     print(f"\nrows of the busiest group / mean: Zipf({ZIPF:g}), {NUM_EXPERTS} experts, {NUM_GROUPS} groups")
-    print(f"{'':28}{'before':>20}{'balanced':>20}{'split at best':>20}")
-    print(f"{'slots of a layer':18}{'tokens':>10}" + 3 * f"{'worst':>12}{'mean':>8}" + f"{'copies':>10}")
+    print(f"{'':16}{'before':>20}{'balanced':>20}{'split at best':>20}")
+    print(f"{'tokens of a step':16}" + 3 * f"{'worst':>12}{'mean':>8}" + f"{'copies':>10}")
     results: list[dict[str, Any]] = []
-    for slots_per_layer, num_tokens in product(SLOTS_PER_LAYER, NUM_TOKENS):
-        with fleet(slots_per_layer) as its, closing(Traffic(its, num_tokens, arguments.seed)) as traffic:
+    for num_tokens in NUM_TOKENS:
+        with fleet() as its, closing(Traffic(its, num_tokens, arguments.seed)) as traffic:
             before_L, _ = imbalances(its, traffic, arguments.steps)
             copies = rebalance(its, traffic, arguments.steps)
             after_L, best_L = imbalances(its, traffic, arguments.steps)
         results.append(
             {
-                "slots_per_layer": slots_per_layer,
                 "tokens_per_step": num_tokens,
                 "before": before_L.tolist(),
                 "balanced": after_L.tolist(),
@@ -169,7 +167,7 @@ def main() -> None:
         numbers = "".join(
             f"{each_L.max():12.3f}{each_L.mean():8.3f}" for each_L in (before_L, after_L, best_L)
         )
-        print(f"{slots_per_layer:<18}{num_tokens:10}{numbers}{copies:10}", flush=True)
+        print(f"{num_tokens:<16}{numbers}{copies:10}", flush=True)
     for kind in ("balanced", "split_at_best"):
         worst = max(max(result[kind]) for result in results)
         print(f"{kind.replace('_', ' ')} <= {BAR:g} in every layer: {'holds' if worst <= BAR else 'BROKEN'}")
@@ -178,10 +176,10 @@ def main() -> None:
 
 
 @contextmanager
-def fleet(slots_per_layer: int) -> Iterator[Fleet]:
+def fleet() -> Iterator[Fleet]:
     """Start the groups and let the controller fill them, as long as nothing is known of the load."""
     with tempfile.TemporaryDirectory() as folder:
-        its = Fleet(slots_per_layer, Path(folder))
+        its = Fleet(Path(folder))
         try:
             settle(its)
             yield its

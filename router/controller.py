@@ -128,7 +128,7 @@ class Controller:
 
     def found(self, name: str, now_s: float) -> None:
         """Take over a group of an earlier router."""
-        self._members.started(name, now_s)
+        self._members.started(name, now_s, is_found=True)
 
     def heard(self, state: GroupState, now_s: float) -> None:
         """Take a group's answer to a heartbeat."""
@@ -151,7 +151,7 @@ class Controller:
                 self._epochs.fail(f"expert group {name} could not be started: {reason}")
 
     def saw_engine(self, name: str, epoch: int, load_LE: NDArray[np.int64], now_s: float) -> None:
-        """Take an engine's word: it will send no row by an epoch before this one, and it has sent `load_LE`."""
+        """Take an engine's word: it will send no row by an older epoch any more, and has sent `load_LE`."""
         self._engines[name] = _Engine(epoch, now_s)
         self._epochs.name(epoch)
         self._load_LE *= 0.5 ** ((now_s - self._decayed_at) / self._policy.half_life_s)

@@ -24,6 +24,7 @@ class Patience:
     suspect_after_s: float = 1.0
     dead_after_s: float = 10.0
     start_s: float = 120.0  # for the first answer: a process must be started, and torch imported
+    found_s: float = 30.0  # the same, of a group that an earlier router has started
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Member:
     state: GroupState | None = None
     is_doubted: bool = False  # its link broke behind its last answer
     is_draining: bool = False
+    is_found: bool = False  # another router has started it
     busy: float = 0.0  # share of its time that it computes, smoothed
     freed: set[Slot] = field(default_factory=set)  # told to free them; it has not confirmed that yet
 
@@ -58,9 +60,9 @@ class Membership:
     def names(self) -> tuple[str, ...]:
         return tuple(self._members)
 
-    def started(self, name: str, now_s: float) -> None:
+    def started(self, name: str, now_s: float, is_found: bool = False) -> None:
         """Note that a group was started, or found."""
-        self._members[name] = Member(name, now_s)
+        self._members[name] = Member(name, now_s, is_found=is_found)
 
     def heard(self, state: GroupState, now_s: float) -> bool:
         """Note a group's answer, and say whether it is its first; if it was let go, ignore it."""
@@ -99,9 +101,13 @@ class Membership:
         return tuple(
             member.name
             for member in self._members.values()
-            if now_s - member.heard_at
-            > (self._patience.dead_after_s if member.state else self._patience.start_s)
+            if now_s - member.heard_at > self._patience_with(member)
         )
+
+    def _patience_with(self, member: Member) -> float:
+        if member.state:
+            return self._patience.dead_after_s
+        return self._patience.found_s if member.is_found else self._patience.start_s
 
     def standing(self, member: Member, now_s: float) -> Standing:
         if member.state is None:

@@ -42,7 +42,7 @@ class ExpertGroup:
         threading.Thread(target=self._tick, name="lease", daemon=True).start()
 
     def state(self, wish: Wish, is_draining: bool) -> GroupState:
-        """Return what is held and done here; remember how many groups there should be, and whether to leave."""
+        """Return what is held and done here; remember how many groups there should be, whether to leave."""
         self._wish = max(self._wish, wish, key=lambda each: each.number)
         self._is_leaving |= is_draining
         return self._state()

@@ -101,10 +101,10 @@ class GroupKeeper:
             self._watch(name, self._start(name))
         for name, stage in orders.stage.items():
             if handle := self._handles.get(name):
-                self._spawn(self._order(name, handle.stage.remote(stage)))
+                self._spawn(self._order(name, handle, handle.stage.remote(stage)))
         for name, slots in orders.free.items():
             if handle := self._handles.get(name):
-                self._spawn(self._order(name, handle.free.remote(slots)))
+                self._spawn(self._order(name, handle, handle.free.remote(slots)))
 
     def _watch(self, name: str, handle: ActorHandle) -> None:
         self._handles[name] = handle
@@ -115,10 +115,10 @@ class GroupKeeper:
         self._tasks.add(task)  # the loop itself would forget it
         task.add_done_callback(self._tasks.discard)
 
-    async def _order(self, name: str, call: "ray.ObjectRef") -> None:
+    async def _order(self, name: str, handle: ActorHandle, call: "ray.ObjectRef") -> None:
         """Take the answer to an order; if there is none, the heartbeats know why."""
         with suppress(RayError):
-            self._heard(await _answer(call))
+            self._heard(name, handle, await _answer(call))
 
     async def _listen(self, name: str, handle: ActorHandle) -> None:
         link: Link | None = None
@@ -134,7 +134,7 @@ class GroupKeeper:
                 except RayError as error:
                     logger.warning("%s did not answer: %s", name, error)
                 else:
-                    self._heard(state)
+                    self._heard(name, handle, state)
                     if link is None or link.fileno() < 0:
                         link = await self._link(name, state.address)
                 await asyncio.sleep(max(0.0, asked_at + HEARTBEAT_S - time.monotonic()))
@@ -147,7 +147,9 @@ class GroupKeeper:
         """Say whether this is the process of that name; another one may have taken its place."""
         return self._handles.get(name) is handle
 
-    def _heard(self, state: GroupState) -> None:
+    def _heard(self, name: str, handle: ActorHandle, state: GroupState) -> None:
+        if not self._is_kept(name, handle):  # it was given up while its answer was on the way
+            return
         before = self._staged_bytes.get(state.name, 0)
         self._staged_bytes[state.name] = state.staged_bytes
         # A group that started anew under this name has counted from zero.

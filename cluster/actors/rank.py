@@ -26,6 +26,7 @@ from shards.shard import Shard, load_shard
 # An engine that is one process goes from one product to the next and waits for nobody. Where it waits for
 # expert groups or other ranks on the same cores, a thread that spins takes the core from those it waits for.
 SPIN_US_ALONE = 200
+CONNECT_TIMEOUT_S = 2.0  # to an expert group: all requests of the engine wait for it
 REPLY_TIMEOUT_S = 30.0  # of an expert group
 STEP_TIMEOUT_S = 10.0  # of another rank, within a step
 
@@ -73,7 +74,7 @@ def load_rank(
     if model.expert_groups:
         dispatcher = Dispatcher(
             placements,
-            LinkPool(lambda address: connect(Address.parse(address), secret, name)),
+            LinkPool(lambda address: connect(Address.parse(address), secret, name, CONNECT_TIMEOUT_S)),
             config.num_layers,
             config.num_experts,
             reply_timeout_s=REPLY_TIMEOUT_S,

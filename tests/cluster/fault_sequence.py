@@ -1,14 +1,12 @@
 """One random sequence of faults under load, drawn from a seed, and everything that must hold behind it."""
 
-import gc
-import os
 import random
 import secrets
 import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -16,66 +14,35 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster.engine.engine import Engine
 from cluster.engine.request import GenerationRequest
 from router.controller import Patience, Policy
 from router.links.address import Address
 from router.links.base import Frame, Kind
 from router.links.stream import connect
-from shards.sampling_params import SamplingParams
-from tests.cluster.live_engine import Answer, token_of
+from tests.cluster.belongings import Belongings
+from tests.cluster.live_engine import Answer
 from tests.cluster.live_fleet import Hang, LiveFleet
 from tests.cluster.live_group import SECRET
-from tests.shards.tiny_models import TinyModel
+from tests.cluster.workload import Workload
 
 DEADLINE_S = 20.0  # of a sequence
 CLOSING_S = 10.0
 MOST_GROUPS = 5
 MOST_ENGINE_DEATHS = 3  # the journal gives up a request that more engines in a row do not survive
-KINDS = (
-    "kill group",
-    "kill group unseen",
-    "kill all groups",
-    "stop group",
-    "restart router",
-    "scale",
-    "drain",
-    "rebalance",
-    "skew load",
-    "kill engine",
-    "deafen engine",
-    "stranger",
-)
-WEIGHTS = (6, 3, 1, 5, 4, 3, 3, 1, 2, 4, 2, 3)
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Requests, and what each gets when nobody disturbs."""
-
-    model: TinyModel
-    requests: tuple[GenerationRequest, ...]
-    answers: dict[str, Answer]
-
-    @classmethod
-    def make(cls, model: TinyModel, num_requests: int = 24) -> "Workload":
-        draw = random.Random(1)
-        vocab_size = model.config.vocab_size
-
-        def tokens(count: int) -> tuple[int, ...]:
-            return tuple(draw.randrange(vocab_size) for _ in range(count))
-
-        shared = tokens(20)
-        requests = tuple(
-            GenerationRequest(
-                str(number),
-                (shared if number % 3 == 0 else ()) + tokens(1 + number),
-                max_tokens=20 + 3 * (number % 10),
-                sampling=SamplingParams(0.9 if number % 2 else 0.0, top_p=0.95, seed=number, num_logprobs=0),
-            )
-            for number in range(num_requests)
-        )
-        return cls(model, requests, _undisturbed(model, requests))
+WEIGHTS = {
+    "kill group": 6,
+    "kill group unseen": 3,  # by Ray, for a while
+    "kill all groups": 1,
+    "stop group": 5,
+    "restart router": 4,
+    "scale": 3,
+    "drain": 3,
+    "rebalance": 1,
+    "skew load": 2,
+    "kill engine": 4,
+    "deafen engine": 2,  # to new placements
+    "stranger": 3,
+}
 
 
 @dataclass
@@ -103,7 +70,7 @@ def run_sequence(seed: int, workload: Workload, directory: Path) -> Outcome:
     outcome = Outcome(seed)
     started_at = time.monotonic()
     hook, threading.excepthook = threading.excepthook, _ignore_killed(threading.excepthook)
-    before = _Belongings.now()
+    before = Belongings.now()
     sequence = _Sequence(seed, workload, directory, outcome)
     try:
         sequence.run()
@@ -160,7 +127,7 @@ class _Sequence:
             self._keep_busy(at_least=3)
             if draw.random() < 0.8:  # else two at once
                 fleet.gateway.wait_tokens(draw.randint(1, 60), timeout_s=draw.uniform(0.005, 0.12))
-            (kind,) = draw.choices(KINDS, WEIGHTS)
+            (kind,) = draw.choices([*WEIGHTS], [*WEIGHTS.values()])
             self._outcome.faults[kind] += 1
             self._do(kind)
         self._keep_busy(at_least=1)
@@ -233,6 +200,9 @@ class _Sequence:
                 num_groups = draw.randint(self._policy.smallest_num_groups, MOST_GROUPS)
                 self._note(f"scale to {num_groups}")
                 router.do(lambda controller, epochs: controller.scale(num_groups))
+            case "drain" if group and draw.random() < 0.3:
+                self._note(f"the system wants {name} to end")
+                group.leave()
             case "drain" if group:
                 self._note(f"drain {name}")
                 with suppress(ValueError):  # it has gone at this moment
@@ -297,49 +267,3 @@ class _Sequence:
             if num_used := engine.engine.blocks.num_used:
                 self._outcome.problems.append(("blocks", f"{engine.name} still holds {num_used}"))
             engine.engine.blocks.check()
-
-
-@dataclass(frozen=True)
-class _Belongings:
-    """What this process has open."""
-
-    files: frozenset[str]
-    threads: frozenset[threading.Thread]
-
-    @classmethod
-    def now(cls) -> "_Belongings":
-        gc.collect()
-        files = set()
-        for number in os.listdir("/proc/self/fd"):
-            with suppress(OSError):  # the listing itself
-                files.add(f"{number} {os.readlink(f'/proc/self/fd/{number}')}")
-        return cls(frozenset(files), frozenset(threading.enumerate()))
-
-    def leaks(self) -> list[tuple[str, str]]:
-        """Return what is there now and was not then; threads on their way out are waited for."""
-        deadline = time.monotonic() + 2
-        for thread in threading.enumerate():
-            if thread not in self.threads and thread is not threading.current_thread():
-                thread.join(max(0.0, deadline - time.monotonic()))
-        now = _Belongings.now()
-        leaks = [("threads", thread.name) for thread in now.threads - self.threads]
-        return leaks + [("fds", file) for file in sorted(now.files - self.files)]
-
-
-def _undisturbed(model: TinyModel, requests: Sequence[GenerationRequest]) -> dict[str, Answer]:
-    """Run all requests in one engine that holds the experts itself."""
-    engine = Engine(
-        model.shard(256),
-        vocab_size=model.config.vocab_size,
-        context_length=model.config.context_length,
-        num_blocks=256,
-        max_step_tokens=4096,
-        max_running=len(requests),
-    )
-    answers: dict[str, Answer] = {request.id: [] for request in requests}
-    for request in requests:
-        engine.submit(request)
-    while engine.has_work:
-        for event in engine.step():
-            answers[event.request_id].append(token_of(event))
-    return answers

@@ -100,6 +100,7 @@ class LiveGroup:
         self.service = ExpertService(self.store, listener, model.config.hidden_size)
         self.service.start()
         self._wish = Wish(0, 0)
+        self._is_leaving = False
         self._calls = ThreadPoolExecutor(2, f"calls of {name}")
 
     @property
@@ -110,9 +111,10 @@ class LiveGroup:
         """Whether Ray says that it is dead."""
         return now_s >= self._known_dead_at
 
-    def state(self, wish: Wish) -> "Future[GroupState]":
+    def state(self, wish: Wish, is_draining: bool) -> "Future[GroupState]":
         def state() -> GroupState:
             self._wish = max(self._wish, wish, key=lambda each: each.number)
+            self._is_leaving |= is_draining
             return self._state()
 
         return self._call(state)
@@ -130,6 +132,10 @@ class LiveGroup:
             return self._state()
 
         return self._call(free)
+
+    def leave(self) -> None:
+        """Do what SIGTERM does."""
+        self._is_leaving = True
 
     def stop(self, resumes_at: float) -> None:
         """Let nothing go on here until `resume_if` is called with that time, or `resume`."""
@@ -185,6 +191,7 @@ class LiveGroup:
             self.stager.bytes_from_peers + self.stager.bytes_from_checkpoint,
             self.service.busy_s,
             self._wish,
+            self._is_leaving,
         )
 
     def _connect(self, address: str) -> Link:

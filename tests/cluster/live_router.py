@@ -156,7 +156,8 @@ class LiveRouter:
                 self._controller.lost(name, "it was killed", now)
             elif not kept.is_asked and now >= kept.ask_at:
                 kept.is_asked, kept.ask_at = True, now + HEARTBEAT_S
-                self._expect(kept, kept.group.state(self._controller.wish), is_heartbeat=True)
+                call = kept.group.state(self._controller.wish, self._controller.is_draining(name))
+                self._expect(kept, call, is_heartbeat=True)
 
     def _expect(self, kept: _Kept, call: "Future[GroupState]", is_heartbeat: bool = False) -> None:
         def done(call: "Future[GroupState]") -> None:

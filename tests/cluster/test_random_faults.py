@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from shards.kernels.cpu import PackedWeight, set_threads
-from tests.cluster.fault_sequence import Workload, run_sequence
+from tests.cluster.fault_sequence import run_sequence
 from tests.cluster.live_fleet import LiveFleet
 from tests.cluster.live_group import LiveGroup
+from tests.cluster.workload import Workload
 from tests.shards.tiny_models import TinyModel
 
 pytestmark = pytest.mark.timeout(60)
