@@ -1,11 +1,12 @@
 """Run tokens through their experts, wherever those live, and whatever dies on the way."""
 
 import logging
-import select
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Protocol
 
@@ -14,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from router.links.base import Dtype, Frame, Kind, Link, LinkLost
+from router.exchange import Batch, exchange
+from router.links.base import Dtype, Frame, Kind, LinkLost
 from router.links.pool import LinkPool
 from router.placement import Group, Placement
 
@@ -23,7 +25,7 @@ from router.placement import Group, Placement
 _log = logging.getLogger(__name__)
 
 _RETRY_S = 0.25  # how often a lost group is tried again while an expert of it has no other replica
-_LOOK_S = 0.05  # how soon a call that waits for an answer notices a newer placement
+_FORGIVE_S = 5.0  # before a lost group is tried again although others hold its experts
 
 
 class ExpertUnavailable(RuntimeError):
@@ -63,22 +65,13 @@ class DispatchCounts:
     rows_resent: int = 0
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """One group's share of a layer's rows."""
-
-    group: Group
-    rows_S: NDArray[np.int64]  # which of the layer's N rows, in sending order
-    frame: Frame
-
-
 class Dispatcher:
     """Sends the rows of each layer to expert groups and brings back what these made of them.
 
     Implements the `Experts` seam of the layers. Experts hold no state, so rows of a lost group are simply
     sent again: to another replica, or, if there is none, to the one that a newer placement brings.
-    A group that reports an error, or at whose address another process answers, counts as lost too; so does
-    one that a newer placement no longer has, while we wait for it.
+    A group that reports an error, or at whose address another process answers, counts as lost too; so does,
+    while we wait for it, one that a newer placement no longer has, and one that is slow and can be replaced.
     For one thread, except for `take_load`, `counts` and `epoch_in_use`.
     """
 
@@ -89,16 +82,23 @@ class Dispatcher:
         num_layers: int,
         num_experts: int,
         *,
+        doubt_after_s: float = 2.0,
         reply_timeout_s: float = 30.0,
         deadline_s: float = 60.0,
     ) -> None:
-        """Give a group `reply_timeout_s` to answer, and an expert without replica `deadline_s` to return."""
+        """Give a group `reply_timeout_s` to answer, or `doubt_after_s` if others could answer instead.
+
+        An expert without replica gets `deadline_s` to return.
+        """
         self._placements = placements
         self._links = links
+        self._doubt_after_s = min(doubt_after_s, reply_timeout_s)
         self._reply_timeout_s = reply_timeout_s
         self._deadline_s = deadline_s
         self._newest = Placement(-1, ())
         self._live = self._newest  # without the groups that we lost
+        self._forgive_at = 0.0  # when these get another chance
+        self._opened = self._newest  # those of `_live` that had an open link when we looked last
         self._oldest_in_use: int | None = None  # epoch; None between two calls
         self._last_loss: str | None = None
         self._sequence = 0
@@ -156,16 +156,24 @@ class Dispatcher:
     ) -> None:
         deadline: float | None = None
         waiting_N = np.arange(len(expert_N))
+        patience_s = self._doubt_after_s
         while waiting_N.size:
             self._adopt(self._placements.current())
-            order_S = expert_N[waiting_N].argsort(kind="stable")
-            batches, orphan = self._batches(layer, x_TD, top_k, waiting_N[order_S], expert_N)
+            rows_S = waiting_N[expert_N[waiting_N].argsort(kind="stable")]
+            num_rows = Counter(expert_N[rows_S].tolist())  # by expert, in the order of `rows_S`
+            orphan = next((expert for expert in num_rows if not self._live.replicas(layer, expert)), None)
             if orphan is not None:
                 deadline = deadline or time.monotonic() + self._deadline_s
                 self._await_replica(layer, orphan, deadline)
                 continue
-            lost = self._exchange(batches, y_ND)
-            waiting_N = np.concatenate([batch.rows_S for batch in lost]) if lost else waiting_N[:0]
+            batches = self._batches(layer, x_TD, top_k, rows_S, num_rows)
+            why_hopeless = partial(self._why_hopeless, patience_s=patience_s)
+            lost = exchange(batches, self._links, y_ND, why_hopeless)
+            for batch, error in lost:
+                self._lose(batch.group, error)
+            # Once doubted, rows are waited for: perhaps it is they that take so long.
+            patience_s = self._reply_timeout_s
+            waiting_N = np.concatenate([batch.rows_S for batch, _ in lost]) if lost else waiting_N[:0]
             if lost:
                 self._counts = DispatchCounts(
                     self._counts.failovers + len(lost), self._counts.rows_resent + len(waiting_N)
@@ -177,18 +185,15 @@ class Dispatcher:
         x_TD: NDArray[np.float32],
         top_k: int,
         rows_S: NDArray[np.int64],
-        expert_N: NDArray[np.int64],
-    ) -> tuple[list[_Batch], int | None]:
-        """Cut rows that are sorted by expert into one message per group; or name an expert without any."""
+        num_rows: Mapping[int, int],
+    ) -> list[Batch]:
+        """Cut rows that are sorted by expert into one message per group."""
         self._sequence = (self._sequence + 1) % (1 << 32)
-        num_rows = Counter(expert_N[rows_S].tolist())  # in the order of `rows_S`
-        for expert in num_rows:
-            if not self._live.replicas(layer, expert):
-                return [], expert
+        placement = self._reachable(layer, num_rows)
         starts = dict(zip(num_rows, accumulate(num_rows.values(), initial=0), strict=False))
         runs: dict[int, list[tuple[int, int]]] = {}  # by group
         parts: dict[int, list[NDArray[np.int64]]] = {}
-        for share in self._live.share_out(layer, num_rows.items(), self._sequence):
+        for share in placement.share_out(layer, num_rows.items(), self._sequence):
             start = starts[share.expert]
             starts[share.expert] = end = start + share.num_rows
             runs.setdefault(share.group, []).append((share.expert, share.num_rows))
@@ -199,79 +204,55 @@ class Dispatcher:
             rows_SD = x_TD[its_rows_S // top_k]
             meta = np.array(its_runs, "<i4").data
             frame = Frame(Kind.ROWS, self._sequence, layer, meta, Dtype.FLOAT32, len(rows_SD), rows_SD.data)
-            batches.append(_Batch(self._live.groups[group], its_rows_S, frame))
-        return batches, None
+            batches.append(Batch(placement.groups[group], its_rows_S, frame))
+        return batches
 
-    def _exchange(self, batches: list[_Batch], y_ND: NDArray[np.float32]) -> list[_Batch]:
-        """Send every batch, then receive every answer into `y_ND`; return the batches of lost groups.
+    def _reachable(self, layer: int, experts: Iterable[int]) -> Placement:
+        """Return the live groups; without those to which no link is open yet, if one can do without them.
 
-        This can't deadlock, however large the frames: a group blocks on no peer, neither to read nor to
-        write, so it takes in what we send even while answers to us or to others wait for their readers.
+        Those are linked to in the background: a group that has just come, or one that was lost and may be
+        back, must not hold up a step.
         """
-        lost = []
-        unanswered: dict[int, tuple[_Batch, Link]] = {}  # by file descriptor
-        try:
-            for batch in batches:
-                try:
-                    link = self._links.get(batch.group.address)
-                    if link.peer != batch.group.name:  # the address of a dead group was given to another
-                        raise LinkLost(f"another process answers there: {link.peer!r}")
-                    link.send(batch.frame)
-                    unanswered[link.fileno()] = batch, link
-                except LinkLost as error:
-                    lost.append(batch)
-                    self._lose(batch.group, error)
-            deadline = time.monotonic() + self._reply_timeout_s
-            poller = select.poll()
-            for number in unanswered:
-                poller.register(number, select.POLLIN)
-            while unanswered:
-                ready = [number for number, _ in poller.poll(_LOOK_S * 1000)]
-                hopeless = {} if ready else self._hopeless(unanswered, deadline)
-                for number in ready or hopeless:
-                    batch, link = unanswered[number]
-                    try:
-                        if number in hopeless:
-                            raise LinkLost(hopeless[number])
-                        answer = link.poll()
-                        if answer is None:
-                            continue
-                        _receive(batch, answer, y_ND)
-                    except LinkLost as error:
-                        lost.append(batch)
-                        self._lose(batch.group, error)
-                    poller.unregister(number)
-                    del unanswered[number]
-        finally:
-            # Left over if we are on the way out: nobody must ever take their answers for others.
-            for batch, _ in unanswered.values():
-                self._links.drop(batch.group.address)
-        return lost
+        live = self._live
+        closed = [group for group in live.groups if not self._links.is_open(group.address)]
+        if not closed:
+            return live
+        groups = tuple(group for group in live.groups if group not in closed)
+        if self._opened.groups != groups:
+            self._opened = Placement(live.epoch, groups)
+        opened = self._opened
+        if not all(opened.replicas(layer, expert) for expert in experts):
+            return live
+        for group in closed:
+            self._links.prepare(group.address)
+        return opened
 
-    def _hopeless(self, unanswered: dict[int, tuple[_Batch, Link]], deadline: float) -> dict[int, str]:
-        """Return the links on which no answer is waited for any longer, and why."""
-        if time.monotonic() > deadline:
-            return dict.fromkeys(unanswered, f"no answer within {self._reply_timeout_s:g} s")
-        placement = self._placements.current()
-        if placement.epoch <= self._newest.epoch:
-            return {}
-        listed = {group.name for group in placement.groups}
-        return {
-            number: f"the router took it out of placement {placement.epoch}"
-            for number, (batch, _) in unanswered.items()
-            if batch.group.name not in listed
-        }
+    def _why_hopeless(self, batch: Batch, waited_s: float, patience_s: float) -> str | None:
+        """Say why the answer to a batch is not waited for any longer; None if it is."""
+        if waited_s > self._reply_timeout_s:
+            return f"no answer within {self._reply_timeout_s:g} s"
+        newest = self._placements.current()
+        if newest.epoch > self._newest.epoch and batch.group.name not in {g.name for g in newest.groups}:
+            return f"the router took it out of placement {newest.epoch}"
+        if waited_s > patience_s:
+            others = self._live.without(batch.group.name)
+            experts = np.frombuffer(batch.frame.meta, "<i4")[::2].tolist()
+            if all(others.replicas(batch.frame.layer, expert) for expert in experts):
+                return f"no answer within {patience_s:g} s, and others can be asked"
+        return None
 
     def _lose(self, group: Group, error: LinkLost) -> None:
         self._last_loss = f"expert group {group.name!r} is lost: {error}"
         _log.warning("%s", self._last_loss)
-        self._links.drop(group.address)
         self._live = self._live.without(group.name)
+        self._forgive_at = time.monotonic() + _FORGIVE_S
 
     def _adopt(self, placement: Placement) -> None:
         if placement.epoch > self._newest.epoch:
             self._newest = self._live = placement
             self._links.retain([group.address for group in placement.groups])
+        elif len(self._live.groups) < len(self._newest.groups) and time.monotonic() > self._forgive_at:
+            self._live = self._newest
         self._oldest_in_use = self._newest.epoch
 
     def _await_replica(self, layer: int, expert: int, deadline: float) -> None:
@@ -285,19 +266,3 @@ class Dispatcher:
     def _count(self, layer: int, expert_N: NDArray[np.int64]) -> None:
         with self._load_lock:
             self._load_LE[layer] += np.bincount(expert_N, minlength=self._load_LE.shape[1])
-
-
-def _receive(batch: _Batch, answer: Frame, y_ND: NDArray[np.float32]) -> None:
-    """Write an answer to the rows it is for. Raises LinkLost if it doesn't answer `batch`, or by an error."""
-    if answer.sequence != batch.frame.sequence:
-        raise LinkLost(f"protocol: answer {answer.sequence} to question {batch.frame.sequence}")
-    if answer.kind == Kind.ERROR:
-        reason = bytes(answer.meta).decode(errors="replace")
-        raise LinkLost(f"it reports: {reason}")
-    expected = Kind.RESULTS, Dtype.FLOAT32, batch.frame.num_rows, batch.frame.rows.nbytes
-    if (answer.kind, answer.dtype, answer.num_rows, answer.rows.nbytes) != expected:
-        raise LinkLost(
-            f"protocol: {answer.num_rows} rows of {answer.dtype.name}, {answer.rows.nbytes} bytes, in a "
-            f"{answer.kind.name} frame answer {batch.frame.num_rows} rows of {batch.frame.rows.nbytes} bytes"
-        )
-    y_ND[batch.rows_S] = np.frombuffer(answer.rows, np.float32).reshape(len(batch.rows_S), -1)

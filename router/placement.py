@@ -4,11 +4,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-# A visit of an expert costs its group what about this many rows do: it reads the expert's weights once.
-# (Measured on a CPU: a row of an expert of 2.7 million weights takes 0.09 ms, reading them takes 0.5 ms.)
-VISIT_ROWS = 6
-# An expert with fewer rows than this is not divided among its replicas: each would read all of its weights.
-DIVIDE_ROWS = 32
+# A few rows take an expert as long as reading its weights does: as long as it takes to compute this many. (On a
+# CPU core that reads 12 GB/s and computes 110 GFLOP/s: docs/decisions/0001-own-cpu-kernels.md.)
+VISIT_ROWS = 9
+# An expert with fewer rows than this is not divided among its replicas: each would have to read its weights.
+DIVIDE_ROWS = 2 * VISIT_ROWS
+_PASSES = 2  # over the experts that can be divided: more do not make groups more even
 
 
 @dataclass(frozen=True)
@@ -58,22 +59,30 @@ class Placement:
 
         Each group should get about as much to do. Experts with little choice come first, then those with
         many rows; each goes to the group that has the least so far, or is divided if it has DIVIDE_ROWS or
-        more. Where groups are equal, `turn` says who is first, so that callers who count it up spread small
-        batches, too. An expert without a replica gets no share.
+        more. Those are then divided once more, now that everybody's load is known. Where groups are equal,
+        `turn` says who is first, so that callers who count it up spread small batches, too. An expert without
+        a replica gets no share.
         """
         num_groups = len(self.groups)
         load_G = [0] * num_groups
-        shares = []
-        choices = [(self.replicas(layer, expert), expert, num_rows) for expert, num_rows in rows if num_rows]
-        choices.sort(key=lambda choice: (len(choice[0]), -choice[2]))
-        for replicas, expert, num_rows in choices:
-            if not replicas:
-                continue
+        parts_E: dict[int, list[tuple[int, int]]] = {}  # (group, rows) of each expert
+
+        def place(expert: int, replicas: tuple[int, ...], num_rows: int) -> None:
             ranked = sorted(replicas, key=lambda group: (load_G[group], (group - turn) % num_groups))
-            for group, part in _divide(ranked, load_G, num_rows):
-                load_G[group] += part + VISIT_ROWS
-                shares.append(Share(expert, group, part))
-        return shares
+            parts_E[expert] = _divide(ranked, load_G, num_rows)
+            for group, part in parts_E[expert]:
+                load_G[group] += max(part, VISIT_ROWS)
+
+        choices = [(expert, self.replicas(layer, expert), num_rows) for expert, num_rows in rows if num_rows]
+        choices = [choice for choice in choices if choice[1]]
+        for choice in sorted(choices, key=lambda choice: (len(choice[1]), -choice[2])):
+            place(*choice)
+        divisible = [choice for choice in choices if len(choice[1]) > 1 and choice[2] >= DIVIDE_ROWS]
+        for choice in divisible * _PASSES if len(choices) > 1 else ():
+            for group, part in parts_E[choice[0]]:
+                load_G[group] -= max(part, VISIT_ROWS)
+            place(*choice)
+        return [Share(expert, group, part) for expert, parts in parts_E.items() for group, part in parts]
 
     @cached_property
     def _replicas(self) -> dict[tuple[int, int], tuple[int, ...]]:
@@ -87,14 +96,14 @@ class Placement:
 def _divide(ranked: list[int], load_G: list[int], num_rows: int) -> list[tuple[int, int]]:
     """Divide rows among groups, ranked by load, so that their loads come as close as can be.
 
-    A group gets half of DIVIDE_ROWS or more, or nothing, but for the first if there are not so many.
+    A group gets VISIT_ROWS or more, or nothing, but for the first if there are not so many.
     """
     parts = [(ranked[0], num_rows)]
     for count in range(2, len(ranked) + 1):
         first = ranked[:count]
         level, rest = divmod(sum(load_G[group] for group in first) + num_rows, count)
         candidate = [(group, level - load_G[group] + (place < rest)) for place, group in enumerate(first)]
-        if candidate[-1][1] < DIVIDE_ROWS // 2:
+        if candidate[-1][1] < VISIT_ROWS:
             break
         parts = candidate
     return parts

@@ -15,7 +15,8 @@ class TensorGroup(Protocol):
     """R processes that each hold a part of every layer. All ranks make the same calls in the same order.
 
     A row of a result depends on the ranks' same row and on nothing else, bit for bit: not on the rows beside
-    it, nor on how the transport cuts a tensor into pieces. Every call is bounded in time; it raises GroupLost.
+    it, nor on how the transport cuts a tensor into pieces. Every call is bounded in time. They raise
+    GroupLost.
     """
 
     @property

@@ -5,6 +5,7 @@ import pickle
 import signal
 import socket
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,52 @@ def test_a_group_that_the_router_gives_up_is_not_waited_for_any_longer(serve):
     check(dispatch, seed=0)
     router.join(10)
     never.set()
+
+
+def test_a_slow_group_is_given_up_sooner_if_others_can_answer(serve):
+    """Not even the router may have noticed: it may be on the wrong side of a broken network."""
+    never = threading.Event()
+    stuck = serve("stuck", ALL, before_run=lambda: never.wait(20))
+    dispatch = dispatcher_of(
+        PushedPlacements(stuck.group, serve("other", ALL).group), doubt_after_s=0.1, reply_timeout_s=3600
+    )
+    check(dispatch, seed=0)
+    never.set()
+
+
+def test_rows_that_take_everybody_long_are_waited_for(serve):
+    slow = [serve(f"slow {i}", ALL, before_run=lambda: time.sleep(0.2)).group for i in range(2)]
+    dispatch = dispatcher_of(PushedPlacements(*slow), doubt_after_s=0.1, deadline_s=0)
+    dispatch(0, torch.zeros(1, HIDDEN_SIZE), torch.tensor([[0]]))
+    assert dispatch.counts.failovers == 1
+
+
+def test_a_group_that_has_come_is_linked_to_in_the_background_while_others_serve(serve):
+    """Its machine may be slow to answer, and no step must wait for it."""
+    old, new = serve("old", ALL), serve("new", ALL)
+    may_connect, connected = threading.Event(), threading.Event()
+
+    def connect(address: str) -> Link:
+        if address == old.group.address:
+            return open_link(address)
+        may_connect.wait(20)
+        try:
+            return open_link(address)
+        finally:
+            connected.set()
+
+    placements = PushedPlacements(old.group)
+    dispatch = dispatcher_of(placements, connect)
+    check(dispatch, seed=0)
+    placements.push(old.group, new.group)
+    check(dispatch, seed=1)
+    assert rows_of(new) == 0
+    may_connect.set()
+    connected.wait(10)
+    deadline = time.monotonic() + 10
+    while not rows_of(new):
+        assert time.monotonic() < deadline, "the new group was never asked"
+        check(dispatch, seed=2)
 
 
 def test_a_newer_placement_that_keeps_the_group_does_not_disturb_the_wait_for_its_answer(serve):

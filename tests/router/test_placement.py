@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.placement import DIVIDE_ROWS, VISIT_ROWS, Group, Placement
+from router.placement import VISIT_ROWS, Group, Placement
 
 NUM_LAYERS, NUM_EXPERTS = 3, 5
 SLOTS = st.lists(st.tuples(st.integers(0, NUM_LAYERS - 1), st.integers(0, NUM_EXPERTS - 1)), max_size=12)
@@ -50,7 +50,7 @@ def test_every_row_goes_to_a_replica_of_its_expert_once(placement: Placement, la
 def test_an_expert_is_divided_only_into_parts_that_are_worth_reading_its_weights(placement, rows, turn):
     shares = placement.share_out(1, rows, turn)
     parts = Counter(share.expert for share in shares)
-    assert all(share.num_rows >= DIVIDE_ROWS // 2 for share in shares if parts[share.expert] > 1)
+    assert all(share.num_rows >= VISIT_ROWS for share in shares if parts[share.expert] > 1)
 
 
 def test_a_hot_expert_is_divided_evenly_among_its_replicas():
