@@ -98,6 +98,7 @@ class GroupKeeper:
             if handle := self._handles.pop(name, None):
                 self._kill(handle)
         for name in orders.start:
+            self._staged_bytes[name] = 0
             self._watch(name, self._start(name))
         for name, stage in orders.stage.items():
             if handle := self._handles.get(name):
@@ -150,11 +151,10 @@ class GroupKeeper:
     def _heard(self, name: str, handle: ActorHandle, state: GroupState) -> None:
         if not self._is_kept(name, handle):  # it was given up while its answer was on the way
             return
-        before = self._staged_bytes.get(state.name, 0)
-        self._staged_bytes[state.name] = state.staged_bytes
-        # A group that started anew under this name has counted from zero.
-        new_bytes = state.staged_bytes - (before if state.staged_bytes >= before else 0)
-        self._metrics.rebalance_bytes.labels(self._model).inc(new_bytes)
+        # What a group had staged for an earlier router, that one has counted.
+        before = self._staged_bytes.get(name, state.staged_bytes)
+        self._metrics.rebalance_bytes.labels(self._model).inc(max(0, state.staged_bytes - before))
+        self._staged_bytes[name] = max(before, state.staged_bytes)
         self.controller.heard(state, time.monotonic())
         self.wake()
 

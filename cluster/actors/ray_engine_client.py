@@ -10,6 +10,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.actors.token_links import TokenReceiver
 from cluster.engine.request import EngineFull, EngineStopped, GenerationRequest, TokenEvent
 from cluster.serve.engine_client import EngineLost, EngineOverloaded, EngineUnavailable
+from router.links.base import LinkLost
 
 # The call may return before the last frame has come over the link, but not by much.
 LAST_FRAME_TIMEOUT_S = 5.0
@@ -45,6 +46,8 @@ class RayEngineClient:
                     if not next_event.done():
                         raise EngineLost("the engine ended the request, but its last tokens did not arrive")
                 event = next_event.result()
+                if isinstance(event, LinkLost):
+                    raise EngineLost(f"the engine is out of reach: {event}") from event
                 ended = event.finish_reason is not None
                 next_event = asyncio.ensure_future(events.get())
                 yield event

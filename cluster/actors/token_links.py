@@ -84,22 +84,27 @@ class TokenReceiver:
         """Must be made on the event loop that the waiting requests run on."""
         self._loop = asyncio.get_running_loop()
         self._listener = listener
-        self._waiting: dict[str, asyncio.Queue[TokenEvent]] = {}
+        self._waiting: dict[str, asyncio.Queue[TokenEvent | LinkLost]] = {}
+        self._link_of: dict[str, Link] = {}  # by the request whose events come over it
         threading.Thread(target=self._accept, name="token-accept", daemon=True).start()
 
     @property
     def address(self) -> str:
         return str(self._listener.address)
 
-    def open(self, request_id: str) -> "asyncio.Queue[TokenEvent]":
-        """Return the queue into which this request's events will come, until `close`."""
-        queue: asyncio.Queue[TokenEvent] = asyncio.Queue()
+    def open(self, request_id: str) -> "asyncio.Queue[TokenEvent | LinkLost]":
+        """Return the queue into which this request's events will come, until `close`.
+
+        A LinkLost in it says that no more will come: the engine that had sent some is gone.
+        """
+        queue: asyncio.Queue[TokenEvent | LinkLost] = asyncio.Queue()
         self._waiting[request_id] = queue
         return queue
 
     def close(self, request_id: str) -> None:
         """Let go of a request; events that still come for it are dropped."""
         del self._waiting[request_id]
+        self._link_of.pop(request_id, None)
 
     def _accept(self) -> None:
         while True:
@@ -113,14 +118,24 @@ class TokenReceiver:
         try:
             while True:
                 events = decode_events(link.receive().meta)
-                self._loop.call_soon_threadsafe(self._route, events)
+                self._loop.call_soon_threadsafe(self._route, events, link)
         except (LinkLost, ValueError) as error:
-            # Whoever waits learns of it from the Ray call to that engine, which ends with the engine.
             logger.info("the token link from %s ended: %s", link.peer, error)
             link.close()
+            self._loop.call_soon_threadsafe(self._lose, link, LinkLost(str(error)))
 
-    def _route(self, events: list[TokenEvent]) -> None:
+    def _route(self, events: list[TokenEvent], link: Link) -> None:
         for event in events:
             queue = self._waiting.get(event.request_id)
             if queue is not None:
+                self._link_of[event.request_id] = link
                 queue.put_nowait(event)
+
+    def _lose(self, link: Link, error: LinkLost) -> None:
+        """Tell whoever waits for this engine. Its host may be gone, and Ray may take a minute to say so.
+
+        A request of which nothing has come yet hears of it from Ray: nobody knows which engine has it.
+        """
+        for request_id, its_link in self._link_of.items():
+            if its_link is link:
+                self._waiting[request_id].put_nowait(error)

@@ -229,6 +229,19 @@ def test_groups_of_an_earlier_router_are_taken_over(tmp_path: Path):
     asyncio.run(run())
 
 
+def test_what_a_group_staged_for_an_earlier_router_is_not_counted_again(tmp_path: Path):
+    async def run() -> None:
+        found = [Group(f"m/{number}", tmp_path) for number in range(2)]
+        found[0].held = {(layer, expert) for layer in range(2) for expert in range(4)}
+        found[0].num_staged = 8
+        async with running(tmp_path, *found) as cluster:
+            await cluster.settled()
+            assert found[1].num_staged == 8
+            assert cluster.registry.get_sample_value("tradewind_rebalance_bytes_total", {"model": "m"}) == 800
+
+    asyncio.run(run())
+
+
 def test_a_group_that_is_not_needed_is_ended(tmp_path: Path):
     async def run() -> None:
         found = [Group(f"m/{number}", tmp_path) for number in range(3)]

@@ -13,6 +13,7 @@ from cluster.actors.ray_engine_client import RayEngineClient
 from cluster.actors.token_links import TokenReceiver, TokenSender
 from cluster.engine.request import EngineFull, EngineStopped, GenerationRequest, TokenEvent
 from cluster.serve.engine_client import EngineLost, EngineOverloaded, EngineUnavailable
+from router.links.base import LinkLost
 from router.links.listener import Listener
 from shards.sampling_params import SamplingParams
 
@@ -100,6 +101,44 @@ def test_an_end_whose_last_frame_never_comes_is_a_loss(tmp_path: Path) -> None:
             handle.calls[0].ended.set_result(None)
             with pytest.raises(EngineLost):
                 await first
+
+    asyncio.run(run())
+
+
+def test_an_engine_whose_link_ends_is_lost_before_ray_says_so(tmp_path: Path) -> None:
+    """Its host may be cut off: then the call neither returns nor fails for a minute."""
+
+    async def run() -> None:
+        async with running(tmp_path) as (handle, client, sender, receiver):
+            events = client.generate(REQUEST)
+            first = asyncio.ensure_future(anext(events))
+            await asyncio.sleep(0)
+            sender.send(receiver.address, [FIRST])
+            assert await first == FIRST
+            sender.close()
+            with pytest.raises(EngineLost, match="out of reach"):
+                await anext(events)
+            assert handle.calls[0].cancelled, "it may still be at work, for nobody"
+
+    asyncio.run(run())
+
+
+def test_the_end_of_one_engines_link_is_no_news_for_requests_of_another(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with running(tmp_path) as (_, client, sender, receiver):
+            other = TokenSender(SECRET, "other engine", lambda gateway, then: None)
+            queue = receiver.open("b")
+            other.send(receiver.address, [TokenEvent("b", 7)])
+            await queue.get()
+            events = client.generate(REQUEST)
+            first = asyncio.ensure_future(anext(events))
+            await asyncio.sleep(0)
+            sender.send(receiver.address, [FIRST])
+            await first
+            other.close()
+            assert isinstance(await queue.get(), LinkLost)
+            sender.send(receiver.address, [LAST])
+            assert [event async for event in events] == [LAST]
 
     asyncio.run(run())
 
