@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-# A few rows take an expert as long as reading its weights does: as long as computing this many. (On a CPU core
+# A few rows take an expert as long as reading its weights does: as long as computing this many. (For a core
 # that reads 12 GB/s and computes 110 GFLOP/s: docs/decisions/0001-own-cpu-kernels.md.)
 VISIT_ROWS = 9
 # An expert with fewer rows than this is not divided among its replicas: each would have to read its weights.

@@ -101,10 +101,12 @@ class Checkpoint:
         """
         import torch  # not above: who only verifies a checkpoint need not wait for it
 
+        from shards.kernels import huge_pages
+
         stored = self.tensors[name]
         dtype, item_bytes = DTYPES[stored.dtype]
         shape = part.shape(stored.shape) if part else stored.shape
-        tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+        tensor = huge_pages.empty(shape, getattr(torch, dtype))
         target = tensor.flatten().view(torch.uint8).numpy().data
         with stored.path.open("rb", buffering=0) as file:
             if part is None or part.axis == 0:

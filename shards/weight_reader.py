@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from shards.checkpoint import Checkpoint, Part, Shape
+from shards.kernels import huge_pages
 from shards.kernels.cpu import PackedWeight, pack
 
 Progress = Callable[[int, int], None]  # bytes read, bytes to read
@@ -53,7 +54,11 @@ class WeightReader:
     def packed(self, *names: str) -> PackedWeight:
         """Read matrices of equal width, and pack them one below the other: one product serves them all."""
         matrices = [self.tensor(name) for name in names]
-        return self._pack(matrices[0] if len(matrices) == 1 else torch.cat(matrices))
+        if len(matrices) == 1:
+            return self._pack(matrices[0])
+        rows = sum(matrix.size(0) for matrix in matrices)
+        joined = huge_pages.empty((rows, matrices[0].size(1)), matrices[0].dtype)
+        return self._pack(torch.cat(matrices, out=joined))
 
     def _num_bytes(self, name: str) -> int:
         stored, part = self._checkpoint.tensors[name], self._parts.get(name)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shards.kernels import huge_pages
 from shards.kernels.library import CSpans, library
 from shards.kv_cache import BLOCK_SIZE
 
@@ -34,7 +35,7 @@ class PackedWeight:
     @classmethod
     def empty(cls, out_features: int, in_features: int, dtype: torch.dtype) -> "PackedWeight":
         """Reserve the memory of a bf16 or fp32 weight; what it holds is not defined."""
-        data = torch.empty(-(-out_features // PANEL), in_features, PANEL, dtype=dtype)
+        data = huge_pages.empty((-(-out_features // PANEL), in_features, PANEL), dtype)
         return cls(data, out_features, in_features)
 
     @property
