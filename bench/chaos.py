@@ -31,11 +31,23 @@ from chaos_faults import FAULTS, Fault
 from chaos_hosts import why_no_hosts
 from chaos_load import Request, Stream, make_requests, play
 from chaos_plot import plot
-from chaos_report import BIN_S, HEADER, PROMISES, WHOLE, Answers, Bar, Row, Run, complaints, line, make_row
+from chaos_report import (
+    BIN_S,
+    HEADER,
+    LEAD_S,
+    PROMISES,
+    WHOLE,
+    Answers,
+    Bar,
+    Row,
+    Run,
+    complaints,
+    line,
+    make_row,
+)
 from chaos_target import Target
 
-LEAD_S = 5.0  # of load before the fault
-TAIL_S = 3.0  # and behind it, when all is whole again
+TAIL_S = 3.0  # of load behind a fault, when all is whole again
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 from chaos_load import Stream
 from chaos_target import Blow
 
+LEAD_S = 5.0  # of load before a fault: by then all streams have read their first prompts
 SHORTEST_WINDOW_S = 5.0  # behind a blow, for tokens per second
 BIN_S = 0.25
 
@@ -33,9 +34,9 @@ class Run:
 
     @property
     def window(self) -> tuple[float, float]:
-        """From the first blow until all was whole again; without a blow, the time of full load."""
+        """From the first blow until all was whole again; without a blow, from when it would have come."""
         if not self.blows:
-            return self.began_at, self.end
+            return self.began_at + LEAD_S, self.end
         begin = self.blows[0].at
         return begin, max(begin + SHORTEST_WINDOW_S, *(blow.whole_at or self.end for blow in self.blows))
 
@@ -44,7 +45,7 @@ class Run:
         return sum(begin <= at < end for s in self.streams for at in s.token_times) / (end - begin)
 
     def longest_gap_s(self) -> float:
-        """Between two tokens of one stream; of gaps that ended behind the first blow."""
+        """Between two tokens of one stream; of gaps that ended within the window, or behind it."""
         return max((gap for at, gap in self._gaps() if at >= self.window[0]), default=math.inf)
 
     def p99_gap_s(self) -> float:

@@ -65,7 +65,7 @@ class GatewayMetrics:
             buckets=_TOKEN_GAP_BUCKETS,
         )
         self.resubmissions = Counter(
-            "tradewind_gateway_requests_replayed_total",
+            "tradewind_requests_replayed_total",
             "Requests handed to another engine, with the tokens so far, because theirs was lost.",
             ["model"],
             registry=registry,
@@ -123,13 +123,13 @@ class EngineMetrics:
         )
 
         self.failovers = Counter(
-            "tradewind_engine_failovers_total",
+            "tradewind_failovers_total",
             "Expert groups lost with rows on the way to them.",
             ["model"],
             registry=registry,
         )
         self.rows_resent = Counter(
-            "tradewind_engine_rows_resent_total",
+            "tradewind_rows_resent_total",
             "Rows sent once more, to another replica, because their group was lost.",
             ["model"],
             registry=registry,

@@ -26,6 +26,7 @@ _log = logging.getLogger(__name__)
 
 MAX_FAILED_STARTS = 3  # in a row, before the first placement: then there will be none
 LONGEST_PAUSE_S = 30.0  # between two starts that fail
+_EAGER = {"tolerance": 1.01, "trigger": 1.02}  # of `balance`, on command
 ENGINE_TTL_S = 5.0  # an engine that has said nothing for this long uses no placement any more
 
 
@@ -104,6 +105,7 @@ class Controller:
         self._target: dict[str, frozenset[Slot]] = {}
         self._asked_for: dict[str, frozenset[Slot]] = {}  # of each group, as soon as a placement is whole
         self._planned_for: object = None  # the groups that `_target` was made for
+        self._is_asked = False  # to plan for the load alone
         self._imbalance = 1.0  # as it was when it was looked at last
         self._failed_starts = 0
         self._start_after = now_s
@@ -175,6 +177,7 @@ class Controller:
     def rebalance(self) -> None:
         """Plan anew for the load of the last seconds, however small the gain."""
         self._planned_for = None
+        self._is_asked = True
 
     def tick(self, now_s: float) -> Orders:
         """Decide what to do now, and publish the placement that is right now. Costs up to a second."""
@@ -252,7 +255,9 @@ class Controller:
             np.full(len(live), self._policy.slots_per_layer),
             # A suspect may be back in a moment: nothing is copied for its sake but what nobody else has.
             1 if suspect else self._policy.min_replicas,
+            **(_EAGER if self._is_asked else {}),
         )
+        self._is_asked = False
         self._target = {member.name: member.held for member in suspect}
         for member, wanted_LE in zip(live, wanted_GLE, strict=True):
             self._target[member.name] = frozenset(

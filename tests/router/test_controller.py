@@ -238,6 +238,17 @@ def test_hot_experts_are_spread_when_the_load_is_uneven():
     assert replicas(fleet)[0, 0] >= 2
 
 
+def test_on_command_also_a_small_imbalance_is_evened_out():
+    fleet = settled_fleet(num_groups=4, slots_per_layer=3, min_replicas=1)
+    fleet.load_LE = np.array([[100, 98, 96, 110]] * NUM_LAYERS)
+    for _ in range(round(20 / STEP_S)):
+        fleet.step()
+    copies = fleet.num_read + fleet.num_fetched
+    fleet.controller.rebalance()
+    fleet.settle()
+    assert fleet.num_read + fleet.num_fetched > copies
+
+
 def test_a_steady_load_moves_nothing():
     fleet = settled_fleet(num_groups=4, slots_per_layer=3, min_replicas=1)
     copies = fleet.num_read + fleet.num_fetched

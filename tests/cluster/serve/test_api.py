@@ -227,7 +227,7 @@ def test_an_answered_request_moves_the_metrics(http, engine, registry):
     exposed = http.get("/metrics").text
     assert 'tradewind_gateway_generated_tokens_total{model="echo"} 13.0' in exposed
     assert 'tradewind_gateway_prompt_tokens_total{model="echo"} 16.0' in exposed
-    assert 'tradewind_gateway_requests_replayed_total{model="echo"} 1.0' in exposed
+    assert 'tradewind_requests_replayed_total{model="echo"} 1.0' in exposed
     assert 'tradewind_gateway_time_to_first_token_seconds_count{model="echo"} 1.0' in exposed
     assert 'tradewind_gateway_inter_token_latency_seconds_count{model="echo"} 12.0' in exposed
     assert 'tradewind_gateway_requests_in_flight{model="echo"} 0.0' in exposed

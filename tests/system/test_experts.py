@@ -1,0 +1,72 @@
+"""Expert groups are added, emptied and removed by command while a stream goes on, which does not change."""
+
+import subprocess
+
+import httpx
+import pytest
+
+from tests.system.demo_deployment import MODEL, TRADEWIND, Deployment
+from tests.system.test_loss import stream, text_of
+
+pytestmark = pytest.mark.system
+
+DEADLINE_S = 120
+
+
+def experts(deployment: Deployment, *command: str) -> str:
+    """Run `tradewind experts`, to its end state."""
+    done = subprocess.run(
+        [TRADEWIND, "experts", *command, "--url", deployment.url, "--timeout", str(DEADLINE_S)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=DEADLINE_S + 30,
+    )
+    return done.stdout + done.stderr
+
+
+def groups(deployment: Deployment) -> dict[str, int]:
+    """Return the pid of each group."""
+    (model,) = deployment.status()["models"]
+    return {group["process"]["name"]: group["process"]["pid"] for group in model["groups"]}
+
+
+def metric(deployment: Deployment, name: str) -> float:
+    """Add up a metric over its labels."""
+    lines = httpx.get(f"{deployment.url}/metrics", timeout=30).raise_for_status().text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
+
+
+def test_a_stream_does_not_notice_that_groups_come_and_go(deployment: Deployment) -> None:
+    undisturbed = "".join(map(text_of, stream(deployment)))
+    epoch, staged_bytes = metric(deployment, "tradewind_placement_epoch"), "tradewind_rebalance_bytes_total"
+    before_bytes = metric(deployment, staged_bytes)
+
+    chunks = stream(deployment)
+    answer = text_of(next(chunks))
+    assert "3 groups live" in experts(deployment, "scale", "3")
+    assert len(groups(deployment)) == 3
+    answer += text_of(next(chunks))
+    assert "2 groups live" in experts(deployment, "scale", "2")
+    answer += "".join(map(text_of, chunks))
+    assert answer == undisturbed
+
+    assert len(groups(deployment)) == 2
+    assert metric(deployment, "tradewind_placement_epoch") > epoch
+    assert metric(deployment, staged_bytes) > before_bytes, "the third group was filled with nothing"
+
+
+def test_a_drained_group_is_replaced_by_another_process(deployment: Deployment) -> None:
+    before = groups(deployment)
+    experts(deployment, "drain", next(iter(before)))
+    after = groups(deployment)
+    assert len(after) == len(before)
+    assert len(set(after.values()) & set(before.values())) == len(before) - 1
+
+
+def test_a_command_that_can_not_be_followed_says_why(deployment: Deployment) -> None:
+    response = httpx.post(
+        f"{deployment.url}/admin/models/{MODEL}/experts/scale", json={"groups": 0}, timeout=30
+    )
+    assert response.status_code == 400
+    assert "groups" in response.json()["error"]["message"]
