@@ -94,13 +94,16 @@ def test_an_operator_finds_every_process_by_its_title(deployment: Deployment) ->
         assert process["kind"] in title, f"{process} is called {title!r}"
 
 
-def test_every_expert_is_in_one_group_and_gets_rows(deployment: Deployment) -> None:
+def test_every_expert_is_in_both_groups_and_gets_rows(deployment: Deployment) -> None:
     deployment.client().chat.completions.create(
         model=MODEL, messages=[{"role": "user", "content": "Count to one hundred. " * 10}], max_tokens=8
     )
+    wait_for(
+        lambda: deployment.status()["models"][0]["progress"]["is_settled"], "a second replica of each expert"
+    )
     (model,) = deployment.status()["models"]
     assert model["epoch"] >= 1
-    assert sorted(expert for group in model["groups"] for expert in group["experts"]) == list("01234567")
+    assert [sorted(group["experts"]) for group in model["groups"]] == [list("01234567")] * 2
     assert all(rows > 0 for group in model["groups"] for rows in group["rows"].values())
 
 
@@ -117,6 +120,14 @@ def test_metrics_cover_gateway_engine_and_experts(deployment: Deployment) -> Non
         "tradewind_engine_requests_waiting",
         "tradewind_engine_kv_blocks_used",
         "tradewind_engine_time_to_first_token_seconds_sum",
+        "tradewind_failovers_total",
+        "tradewind_rows_resent_total",
+        "tradewind_requests_replayed_total",
+        "tradewind_placement_epoch",
+        "tradewind_expert_imbalance",
+        "tradewind_expert_groups",
+        "tradewind_rebalance_bytes_total",
+        "tradewind_rebalance_seconds_count",
     ):
         assert f"{name}{{" in text, f"{name} is missing in /metrics"
 
