@@ -40,14 +40,14 @@ class EngineProcess:
         if model.tensor_parallel > 1:
             self._shards = EngineShards(model, checkpoint, num_blocks, secret, name)
         group = self._shards.meet() if self._shards else SingleRank()
-        self._rank = load_rank(model, checkpoint, num_blocks, group, router, secret, name)
+        self._rank = load_rank(model, checkpoint, num_blocks, group, router.placements, secret, name)
         runner: Runner = self._rank.shard
         if self._shards:
             runner = self._shards.lead(self._rank.shard, on_lost=_end)
         if model.expert_groups:
             router.wait_first(FIRST_PLACEMENT_TIMEOUT_S)
             if self._shards:
-                self._shards.follow(router)
+                self._shards.follow(router.placements)
         engine = Engine(
             runner,
             vocab_size=config.vocab_size,

@@ -15,6 +15,7 @@ from ray.serve.exceptions import RayServeException
 from cluster.actors.reports import EngineReport, ModelReport
 from router.controller import Progress
 from router.placement import Placement
+from router.pushed_placements import PushedPlacements
 
 logger = logging.getLogger(__name__)
 
@@ -24,33 +25,22 @@ RETRY_S = 0.2
 
 
 class RouterClient:
-    """Follows the router of this replica's deployment; implements the dispatcher's `Placements`.
+    """Follows the router of this replica's deployment.
 
-    The router may be killed and made again: every call looks its handle up anew, and placements go on
+    The router may be killed and made again: every call looks its handle up anew, and `placements` go on
     being served from here meanwhile.
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._placement = Placement(epoch=0, groups=())
+        self.placements = PushedPlacements()
         self._failure: str | None = None  # why there will never be a placement
+        self._first = threading.Event()  # a placement has come, or a failure
         threading.Thread(target=self._follow, name="follow-router", daemon=True).start()
-
-    def current(self) -> Placement:
-        """Return the newest placement that has come; epoch 0 and no groups before the first."""
-        return self._placement
-
-    def wait_newer(self, epoch: int, timeout_s: float) -> Placement:
-        """Wait until there is a placement newer than `epoch`; return the newest, also when time is up."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._placement.epoch > epoch, timeout_s)
-            return self._placement
 
     def wait_first(self, timeout_s: float) -> None:
         """Wait until there is a placement. Raises ValueError with the reason if there will be none."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._failure or self._placement.epoch, timeout_s)
-        if self._placement.epoch == 0:
+        self._first.wait(timeout_s)
+        if self.placements.current().epoch == 0:
             raise ValueError(self._failure or f"the expert groups were not there within {timeout_s:g} s")
 
     def report_every(
@@ -87,22 +77,20 @@ class RouterClient:
 
     def _follow(self) -> None:
         while True:
+            epoch = self.placements.current().epoch
             try:
-                newer: Placement | None = ray.get(
-                    _router().placement_after.remote(self._placement.epoch, POLL_TIMEOUT_S)
-                )
+                newer: Placement | None = ray.get(_router().placement_after.remote(epoch, POLL_TIMEOUT_S))
             except ValueError as error:
                 self._failure = str(error).strip().splitlines()[-1]
+                self._first.set()
+                return
             except Exception as error:  # whatever it is, the next router's placement must reach us
                 logger.warning("the router does not answer: %s", error)
                 time.sleep(RETRY_S)
                 continue
-            else:
-                self._placement = newer or self._placement
-            with self._changed:
-                self._changed.notify_all()
-            if self._failure:
-                return
+            if newer:
+                self.placements.push(newer)
+                self._first.set()
 
 
 async def _command(name: str, *arguments: object) -> Progress:

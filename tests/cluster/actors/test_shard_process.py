@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from cluster.actors.engine_shards import LeadingShard
-from cluster.actors.shard_process import PushedPlacements
 from router.links.base import Kind, LinkLost
 from router.links.listener import Listener
 from router.links.stream import StreamLink, connect
 from router.placement import Placement
+from router.pushed_placements import PushedPlacements
 from shards.step import StepBatch
 from shards.step_wire import decode_step
 from tests.shards.tiny_models import TinyModel, chunks_of
