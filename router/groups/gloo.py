@@ -8,13 +8,13 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
 from router.groups.base import GroupLost
+from router.groups.ordered import OrderedGroup
 
 _c10d: Any = distributed  # its type stubs leave out what we need of gloo; torch is pinned
 _MEET_TIMEOUT_S = 60.0  # for processes that may still be starting
@@ -40,7 +40,7 @@ class MeetingPoint:
         return self.host, self.port
 
 
-class GlooGroup:
+class GlooGroup(OrderedGroup):
     """Implements `TensorGroup` over TCP; for one thread.
 
     Every rank sends its tensor to every other and adds up what came in the order of the ranks. Gloo's own
@@ -87,20 +87,6 @@ class GlooGroup:
     @property
     def size(self) -> int:
         return self._size
-
-    def all_reduce(self, x_TC: Tensor) -> Tensor:
-        """Return the sum of the ranks' tensors, of equal shape, added up in the order of the ranks.
-
-        Blocks until all ranks have sent theirs. Raises GroupLost.
-        """
-        return reduce(torch.add, self._exchange(x_TC))
-
-    def all_gather(self, x_TC: Tensor) -> Tensor:
-        """Return the ranks' tensors, of equal shape, side by side in the order of the ranks: [T, R * C].
-
-        Blocks until all ranks have sent theirs. Raises GroupLost.
-        """
-        return torch.cat(self._exchange(x_TC), dim=-1)
 
     def close(self) -> None:
         """Leave the group; the other ranks' next call raises GroupLost. Closing twice does no harm."""

@@ -3,17 +3,15 @@
 T tokens   C columns of one rank   R ranks
 """
 
-from functools import reduce
-
-import torch
 from torch import Tensor
 
 from router.communicator import Communicator, CommunicatorLost
 from router.device import Device
 from router.groups.base import GroupLost
+from router.groups.ordered import OrderedGroup
 
 
-class NcclGroup:
+class NcclGroup(OrderedGroup):
     """Implements `TensorGroup`; for one thread.
 
     Every rank gathers all tensors and adds them up in the order of the ranks. NCCL's own all_reduce chooses
@@ -64,20 +62,6 @@ class NcclGroup:
     @property
     def size(self) -> int:
         return self._communicator.size
-
-    def all_reduce(self, x_TC: Tensor) -> Tensor:
-        """Return the sum of the ranks' tensors, of equal shape, added up in the order of the ranks.
-
-        Blocks until all ranks have sent theirs. Raises GroupLost.
-        """
-        return reduce(torch.add, self._exchange(x_TC))
-
-    def all_gather(self, x_TC: Tensor) -> Tensor:
-        """Return the ranks' tensors, of equal shape, side by side in the order of the ranks: [T, R * C].
-
-        Blocks until all ranks have sent theirs. Raises GroupLost.
-        """
-        return torch.cat(self._exchange(x_TC), dim=-1)
 
     def close(self) -> None:
         """Leave the group; the other ranks' next call raises GroupLost. Closing twice does no harm."""

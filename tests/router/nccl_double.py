@@ -20,6 +20,7 @@ import os
 import threading
 import traceback
 import weakref
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -43,15 +44,16 @@ class NcclError(RuntimeError):
     """What cupy raises for a failed call."""
 
 
-class Entry:
+class Entry(ABC):
     """Something in a stream, which ends when everything before it has ended and `try_finish` allows it."""
 
     def __init__(self, stream: "DoubleStream", what: str) -> None:
         self.stream, self.what, self.is_done = stream, what, False
         self.where = "".join(traceback.format_stack(limit=10)[:-3])
 
+    @abstractmethod
     def try_finish(self) -> bool:
-        raise NotImplementedError
+        """End this now if everything that it needs is there, and say whether it did."""
 
     def waits_for(self) -> "Entry | None":
         """Return what holds this up, or None if that is still to come."""
