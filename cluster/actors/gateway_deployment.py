@@ -12,7 +12,8 @@ from starlette.types import ASGIApp
 
 from cluster.actors.node import listen
 from cluster.actors.ray_engine_client import RayEngineClient
-from cluster.actors.ray_expert_commands import UNREACHABLE, RayExpertCommands
+from cluster.actors.ray_errors import UNREACHABLE
+from cluster.actors.ray_expert_commands import RayExpertCommands
 from cluster.actors.reports import ModelReport, Process
 from cluster.actors.token_links import TokenReceiver
 from cluster.metrics import GatewayMetrics
@@ -102,7 +103,7 @@ class Gateway:
         """Describe every process of the deployment, as far as this gateway can see."""
         try:
             reports = await self._reports()
-        except (*UNREACHABLE, ValueError) as error:  # ValueError: a router that Serve is bringing back
+        except UNREACHABLE as error:
             raise unavailable(f"an engine or its router does not answer: {type(error).__name__}") from error
         return {
             "gateway": asdict(Process.this("Gateway", self._name)),

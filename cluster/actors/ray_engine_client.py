@@ -7,6 +7,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from cluster.actors.ray_errors import sentence
 from cluster.actors.token_links import TokenReceiver
 from cluster.engine.request import EngineFull, EngineStopped, GenerationRequest, TokenEvent
 from cluster.serve.engine_client import EngineLost, EngineOverloaded, EngineUnavailable
@@ -68,8 +69,8 @@ async def _result(response: object) -> None:
         raise EngineOverloaded(str(error)) from error
     except DeploymentUnavailableError as error:
         raise EngineUnavailable(str(error)) from error
-    except ValueError as error:  # it does not fit that engine; as a RayTaskError its text is a traceback
-        raise EngineUnavailable(str(getattr(error, "cause", error))) from error
+    except ValueError as error:  # it does not fit that engine
+        raise EngineUnavailable(sentence(error)) from error
 
 
 def _retrieve(call: "asyncio.Future[None]") -> None:

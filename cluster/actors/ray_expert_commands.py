@@ -4,14 +4,12 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from cluster.actors.ray_errors import UNREACHABLE, sentence
 from cluster.serve.errors import unavailable
 from router.controller import Progress
 
-UNREACHABLE = (RayError, RayServeException, TimeoutError)
 TIMEOUT_S = 10.0  # a router that plans for a large model may take a second
 
 
@@ -37,8 +35,7 @@ class RayExpertCommands:
             async with asyncio.timeout(self._timeout_s):
                 progress: Progress = await call
         except ValueError as error:
-            # It is a RayTaskError, too, whose text is a traceback; the sentence is in the cause.
-            raise ValueError(str(error.cause if isinstance(error, RayTaskError) else error)) from error
+            raise ValueError(sentence(error)) from error
         except UNREACHABLE as error:
             raise unavailable(f"an engine or its router does not answer: {type(error).__name__}") from error
         return progress
