@@ -103,7 +103,6 @@ class Controller:
         self._load_LE = np.zeros((policy.num_layers, policy.num_experts))
         self._decayed_at = self._balanced_at = self._began_at = now_s
         self._target: dict[str, frozenset[Slot]] = {}
-        self._asked_for: dict[str, frozenset[Slot]] = {}  # of each group, as soon as a placement is whole
         self._planned_for: object = None  # the groups that `_target` was made for
         self._is_asked = False  # to plan for the load alone
         self._imbalance = 1.0  # as it was when it was looked at last
@@ -132,11 +131,14 @@ class Controller:
         """Take over a group of an earlier router."""
         self._members.started(name, now_s, is_found=True)
 
-    def heard(self, state: GroupState, now_s: float) -> None:
-        """Take a group's answer to a heartbeat."""
-        if self._members.heard(state, now_s):
+    def heard(self, state: GroupState, now_s: float) -> bool:
+        """Take a group's answer to a heartbeat; return whether there may be something to decide now."""
+        if self._members.is_starting(state.name):
             self._failed_starts = 0
+        is_news = self._members.is_news(state, now_s)
+        self._members.heard(state, now_s)
         self._wish = max(self._wish, state.wish, key=lambda wish: wish.number)
+        return is_news
 
     def doubt(self, name: str) -> None:
         """Suspect a group, because its link broke."""
@@ -190,8 +192,8 @@ class Controller:
         active = groups[Standing.LIVE] + groups[Standing.DRAINING]
         self._plan(groups, now_s)
         orders = stage_orders(active, self._target)
-        self._publish(active, groups[Standing.SUSPECT])
-        free, let_go = self._release(groups, now_s)
+        asked_for = self._publish(active, groups[Standing.SUSPECT])
+        free, let_go = self._release(groups, asked_for, now_s)
         for name in (*abandoned, *let_go):
             self._members.remove(name)
         return Orders(start, (*kill, *abandoned), let_go, orders, free)
@@ -273,8 +275,11 @@ class Controller:
         self._imbalance = max(1.0, float((rows_GL.max(0)[mean_L > 0] / mean_L[mean_L > 0]).max(initial=1.0)))
         return self._imbalance > self._policy.rebalance_above
 
-    def _publish(self, active: list[Member], suspects: list[Member]) -> None:
-        """Publish who can be asked for what. A suspect is left out as soon as others hold all that it has."""
+    def _publish(self, active: list[Member], suspects: list[Member]) -> dict[str, frozenset[Slot]]:
+        """Publish who can be asked for what, as soon as that is every expert; return it, by group.
+
+        A suspect is left out as soon as others hold all that it has.
+        """
         slots = published(active, self._target)
         available = frozenset().union(*slots.values())
         for member in suspects:
@@ -284,13 +289,16 @@ class Controller:
         groups = tuple(
             Group(name, addresses[name], tuple(sorted(held))) for name, held in sorted(slots.items()) if held
         )
-        self._asked_for = slots
         is_whole = len(frozenset().union(*slots.values())) == self._load_LE.size
         if is_whole or self._epochs.newest.epoch:  # nothing can be served before every expert is there
             self._epochs.publish(groups)
+        return slots
 
     def _release(
-        self, groups: Mapping[Standing, list[Member]], now_s: float
+        self,
+        groups: Mapping[Standing, list[Member]],
+        asked_for: Mapping[str, frozenset[Slot]],
+        now_s: float,
     ) -> tuple[dict[str, frozenset[Slot]], tuple[str, ...]]:
         """Return the slots to free and the groups to let go: those that no engine can use any more."""
         if now_s - self._began_at < ENGINE_TTL_S:  # engines that we know nothing of yet may use anything
@@ -301,7 +309,6 @@ class Controller:
         if any(engine.epoch < newest.epoch for engine in self._engines.values()):
             return {}, ()
         # Also before the first placement: a group full of what it should not hold would never make it whole.
-        asked_for = self._asked_for
         free: dict[str, frozenset[Slot]] = {}
         for member in groups[Standing.LIVE]:
             target = self._target.get(member.name, member.held)

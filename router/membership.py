@@ -64,19 +64,35 @@ class Membership:
         """Note that a group was started, or found."""
         self._members[name] = Member(name, now_s, is_found=is_found)
 
-    def heard(self, state: GroupState, now_s: float) -> bool:
-        """Note a group's answer, and say whether it is its first; if it was let go, ignore it."""
+    def heard(self, state: GroupState, now_s: float) -> None:
+        """Note a group's answer; if it was let go, ignore it."""
         member = self._members.get(state.name)
         if member is None:
-            return False
-        is_first = member.state is None
+            return
         if member.state and now_s > member.heard_at:
             share = (state.busy_s - member.state.busy_s) / (now_s - member.heard_at)
             member.busy += _SMOOTHING * (share - member.busy)
         member.state, member.heard_at, member.is_doubted = state, now_s, False
         member.is_draining |= state.is_leaving
         member.freed &= state.held | state.staging
-        return is_first
+
+    def is_news(self, state: GroupState, now_s: float) -> bool:
+        """Say whether this answer tells more than that a group lives, and how busy it is."""
+        member = self._members.get(state.name)
+        if member is None:
+            return False
+        known = member.state
+        if known is None or self.standing(member, now_s) is Standing.SUSPECT:
+            return True
+        return (known.held, known.staging, known.is_leaving, known.wish) != (
+            state.held,
+            state.staging,
+            state.is_leaving,
+            state.wish,
+        )
+
+    def is_starting(self, name: str) -> bool:
+        return name in self._members and self._members[name].state is None
 
     def doubt(self, name: str) -> None:
         """Suspect a group until it answers again."""

@@ -155,8 +155,8 @@ class GroupKeeper:
         before = self._staged_bytes.get(name, state.staged_bytes)
         self._metrics.rebalance_bytes.labels(self._model).inc(max(0, state.staged_bytes - before))
         self._staged_bytes[name] = max(before, state.staged_bytes)
-        self.controller.heard(state, time.monotonic())
-        self.wake()
+        if self.controller.heard(state, time.monotonic()):
+            self.wake()
 
     def _lose(self, name: str, handle: ActorHandle, error: Exception) -> None:
         logger.warning("%s is lost: %s", name, error)
