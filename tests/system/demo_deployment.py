@@ -34,6 +34,20 @@ class Deployment:
     def async_client(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
+    def story(self, model: str, num_tokens: int) -> Iterator[str]:
+        """Stream a long answer, sampled with a seed: the same at every time, piece by piece."""
+        chunks = self.client().chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": "Tell me a long story about a fox."}],
+            temperature=0.7,
+            seed=3,
+            max_tokens=num_tokens,
+            stream=True,
+            timeout=120,
+        )
+        for chunk in chunks:
+            yield chunk.choices[0].delta.content or ""
+
     def status(self) -> dict:
         return httpx.get(f"{self.url}/status", timeout=30).raise_for_status().json()
 

@@ -6,10 +6,10 @@ import httpx
 import pytest
 
 from tests.system.demo_deployment import MODEL, TRADEWIND, Deployment
-from tests.system.test_loss import stream, text_of
 
 pytestmark = pytest.mark.system
 
+NUM_TOKENS = 60
 DEADLINE_S = 120
 
 
@@ -38,17 +38,17 @@ def metric(deployment: Deployment, name: str) -> float:
 
 
 def test_a_stream_does_not_notice_that_groups_come_and_go(deployment: Deployment) -> None:
-    undisturbed = "".join(map(text_of, stream(deployment)))
+    undisturbed = "".join(deployment.story(MODEL, NUM_TOKENS))
     epoch, staged_bytes = metric(deployment, "tradewind_placement_epoch"), "tradewind_rebalance_bytes_total"
     before_bytes = metric(deployment, staged_bytes)
 
-    chunks = stream(deployment)
-    answer = text_of(next(chunks))
+    story = deployment.story(MODEL, NUM_TOKENS)
+    answer = next(story)
     assert "3 groups live" in experts(deployment, "scale", "3")
     assert len(groups(deployment)) == 3
-    answer += text_of(next(chunks))
+    answer += next(story)
     assert "2 groups live" in experts(deployment, "scale", "2")
-    answer += "".join(map(text_of, chunks))
+    answer += "".join(story)
     assert answer == undisturbed
 
     assert len(groups(deployment)) == 2

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -12,25 +13,13 @@ pytestmark = pytest.mark.system
 NUM_TOKENS = 60
 
 
-def stream(deployment: Deployment):
-    return deployment.client().chat.completions.create(
-        model=MODEL,
-        messages=[{"role": "user", "content": "Tell me a long story about a fox."}],
-        temperature=0.7,
-        seed=3,
-        max_tokens=NUM_TOKENS,
-        stream=True,
-        timeout=120,
-    )
-
-
-def text_of(chunk) -> str:
-    return chunk.choices[0].delta.content or ""
+def stream(deployment: Deployment) -> Iterator[str]:
+    return deployment.story(MODEL, NUM_TOKENS)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(deployment: Deployment) -> str:
-    return "".join(map(text_of, stream(deployment)))
+    return "".join(stream(deployment))
 
 
 def processes(deployment: Deployment) -> dict[str, dict]:
@@ -46,8 +35,8 @@ def processes(deployment: Deployment) -> dict[str, dict]:
 def test_a_stream_survives_the_death_of(deployment: Deployment, undisturbed: str, victim: str) -> None:
     pid = processes(deployment)[victim]["pid"]
     answer = ""
-    for index, chunk in enumerate(stream(deployment)):
-        answer += text_of(chunk)
+    for index, text in enumerate(stream(deployment)):
+        answer += text
         if index == 10:
             os.kill(pid, signal.SIGKILL)
     assert answer == undisturbed
@@ -60,4 +49,4 @@ def test_a_stream_survives_the_death_of(deployment: Deployment, undisturbed: str
 
     wait_for(is_replaced, f"another {victim}", deadline_s=60)
     # And the deployment serves on, with the newcomer.
-    assert "".join(map(text_of, stream(deployment))) == undisturbed
+    assert "".join(stream(deployment)) == undisturbed

@@ -30,21 +30,12 @@ def undisturbed(two_ranks: Deployment) -> str:
 
 def answer(deployment: Deployment, kill: int | None = None) -> str:
     """Stream an answer; in mid-stream, `kill` this process."""
-    text = ""
-    stream = deployment.client().chat.completions.create(
-        model=MODEL,
-        messages=[{"role": "user", "content": "Tell me a long story about a fox."}],
-        temperature=0.7,
-        seed=3,
-        max_tokens=NUM_TOKENS,
-        stream=True,
-        timeout=120,
-    )
-    for index, chunk in enumerate(stream):
-        text += chunk.choices[0].delta.content or ""
+    answer = ""
+    for index, text in enumerate(deployment.story(MODEL, NUM_TOKENS)):
+        answer += text
         if index == 10 and kill:
             os.kill(kill, signal.SIGKILL)
-    return text
+    return answer
 
 
 def test_the_shard_is_a_process_that_ps_and_status_call_by_its_name(two_ranks: Deployment) -> None:

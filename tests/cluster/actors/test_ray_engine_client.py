@@ -1,7 +1,7 @@
 """One request between a gateway and an engine: a call as Serve makes it, and a real link for tokens."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
@@ -65,12 +65,20 @@ async def running(
         listener.close()
 
 
+async def begin(
+    client: RayEngineClient,
+) -> tuple[AsyncGenerator[TokenEvent, None], "asyncio.Future[TokenEvent]"]:
+    """Let the client call the engine; return its events, and the first of them, which is still to come."""
+    events = client.generate(REQUEST)
+    first = asyncio.ensure_future(anext(events))
+    await asyncio.sleep(0)
+    return events, first
+
+
 def test_events_come_in_order_until_the_last(tmp_path: Path) -> None:
     async def run() -> None:
         async with running(tmp_path) as (handle, client, sender, receiver):
-            events = client.generate(REQUEST)
-            first = asyncio.ensure_future(anext(events))
-            await asyncio.sleep(0)
+            events, first = await begin(client)
             sender.send(receiver.address, [FIRST])
             assert await first == FIRST
             sender.send(receiver.address, [LAST])
@@ -83,9 +91,7 @@ def test_events_come_in_order_until_the_last(tmp_path: Path) -> None:
 def test_a_call_that_ends_before_the_last_frame_waits_for_it(tmp_path: Path) -> None:
     async def run() -> None:
         async with running(tmp_path) as (handle, client, sender, receiver):
-            events = client.generate(REQUEST)
-            first = asyncio.ensure_future(anext(events))
-            await asyncio.sleep(0)
+            events, first = await begin(client)
             handle.calls[0].ended.set_result(None)
             sender.send(receiver.address, [FIRST, LAST])
             assert [await first] + [event async for event in events] == [FIRST, LAST]
@@ -96,8 +102,7 @@ def test_a_call_that_ends_before_the_last_frame_waits_for_it(tmp_path: Path) -> 
 def test_an_end_whose_last_frame_never_comes_is_a_loss(tmp_path: Path) -> None:
     async def run() -> None:
         async with running(tmp_path) as (handle, client, _, _):
-            first = asyncio.ensure_future(anext(client.generate(REQUEST)))
-            await asyncio.sleep(0)
+            _, first = await begin(client)
             handle.calls[0].ended.set_result(None)
             with pytest.raises(EngineLost):
                 await first
@@ -110,9 +115,7 @@ def test_an_engine_whose_link_ends_is_lost_before_ray_says_so(tmp_path: Path) ->
 
     async def run() -> None:
         async with running(tmp_path) as (handle, client, sender, receiver):
-            events = client.generate(REQUEST)
-            first = asyncio.ensure_future(anext(events))
-            await asyncio.sleep(0)
+            events, first = await begin(client)
             sender.send(receiver.address, [FIRST])
             assert await first == FIRST
             sender.close()
@@ -130,9 +133,7 @@ def test_the_end_of_one_engines_link_is_no_news_for_requests_of_another(tmp_path
             queue = receiver.open("b")
             other.send(receiver.address, [TokenEvent("b", 7)])
             await queue.get()
-            events = client.generate(REQUEST)
-            first = asyncio.ensure_future(anext(events))
-            await asyncio.sleep(0)
+            events, first = await begin(client)
             sender.send(receiver.address, [FIRST])
             await first
             other.close()
@@ -156,8 +157,7 @@ def test_the_end_of_one_engines_link_is_no_news_for_requests_of_another(tmp_path
 def test_what_ends_the_call_gets_its_name(tmp_path: Path, error: Exception, wanted: type[Exception]) -> None:
     async def run() -> None:
         async with running(tmp_path) as (handle, client, _, _):
-            first = asyncio.ensure_future(anext(client.generate(REQUEST)))
-            await asyncio.sleep(0)
+            _, first = await begin(client)
             handle.calls[0].ended.set_exception(error)
             with pytest.raises(wanted):
                 await first

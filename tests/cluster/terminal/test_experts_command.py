@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -16,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from cluster.terminal.experts import Experts
+from tests.cluster.terminal.http_endpoint import HttpEndpoint, QuietHandler
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -51,7 +51,7 @@ DENSE = model(None, "dense", 0, pids=())
 AT_FIRST = shown(DENSE, model(progress(2, 2, settled=True)))
 
 
-class Endpoint:
+class Endpoint(HttpEndpoint):
     """A real HTTP server: each GET, and each POST, gets the next answer that there is; the last one stays."""
 
     def __init__(self):
@@ -61,37 +61,27 @@ class Endpoint:
         self.has_shown_all = threading.Event()
         endpoint = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(QuietHandler):
             def do_GET(self):
                 assert self.path == "/status"
                 if len(endpoint.statuses) == 1:
                     endpoint.has_shown_all.set()
-                self.reply(endpoint.statuses)
+                self.reply_next(endpoint.statuses)
 
             def do_POST(self):
                 body = self.rfile.read(int(self.headers["content-length"]))
                 assert self.headers["content-type"] == "application/json"
                 endpoint.posts.append((self.path, self.headers["authorization"], json.loads(body)))
-                self.reply(endpoint.answers)
+                self.reply_next(endpoint.answers)
 
-            def reply(self, answers):
+            def reply_next(self, answers):
                 status, body = answers.pop(0) if len(answers) > 1 else answers[0]
                 if status is None:  # a gateway dies in the middle of it
                     self.close_connection = True
                     return
-                self.send_response(status)
-                self.send_header("content-length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body.encode())
+                self.reply(status, body)
 
-            def log_message(self, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(
-            target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
-        ).start()
+        super().__init__(Handler)
 
     def then(self, *statuses):
         """Add what /status says after the first time."""
@@ -102,8 +92,7 @@ class Endpoint:
 def endpoint():
     endpoint = Endpoint()
     yield endpoint
-    endpoint.server.shutdown()
-    endpoint.server.server_close()
+    endpoint.close()
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
 import io
 import socket
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
 from rich.console import Console
 
 from cluster.terminal.status import current, render, show
+from tests.cluster.terminal.http_endpoint import HttpEndpoint, QuietHandler
 
 
 def process(kind, name, pid):
@@ -143,20 +142,13 @@ def test_a_deployment_whose_processes_are_gone_shows_what_is_left():
 def failing():
     """The URL of a real HTTP server that answers everything with 503, as our gateway words it."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_GET(self):
-            self.send_response(503)
-            self.end_headers()
-            self.wfile.write(b'{"error": {"message": "the router does not answer"}}')
+            self.reply(503, '{"error": {"message": "the router does not answer"}}')
 
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
+    endpoint = HttpEndpoint(Handler)
+    yield endpoint.url
+    endpoint.close()
 
 
 def test_an_error_stands_where_the_table_was(failing):

@@ -1,48 +1,34 @@
 import io
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from rich.console import Console
 
 from cluster.terminal.chat import Chat
+from tests.cluster.terminal.http_endpoint import HttpEndpoint, QuietHandler
 
 pytestmark = pytest.mark.timeout(60)
 
 
-class Endpoint:
+class Endpoint(HttpEndpoint):
     """A real HTTP server with two models; it answers each question with the next of `answers`."""
 
     def __init__(self):
-        self.answers = []  # (status, media type, body)
+        self.answers = []  # (status, body, media type)
         self.asked = []  # the bodies of the questions
         endpoint = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(QuietHandler):
             def do_GET(self):
                 models = {"data": [{"id": "echo"}, {"id": "other"}]}
-                self.reply(200, "application/json", json.dumps(models))
+                self.reply(200, json.dumps(models))
 
             def do_POST(self):
                 assert self.path == "/v1/chat/completions"
                 endpoint.asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
                 self.reply(*endpoint.answers.pop(0))
 
-            def reply(self, status, media_type, body):
-                self.send_response(status)
-                self.send_header("content-type", media_type)
-                self.end_headers()
-                self.wfile.write(body.encode())
-
-            def log_message(self, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(
-            target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
-        ).start()
+        super().__init__(Handler)
 
     def answers_with(self, *pieces):
         chunks = [{"choices": [{"delta": {"role": "assistant", "content": ""}}]}]
@@ -52,18 +38,17 @@ class Endpoint:
 
     def streams(self, events):
         body = "".join(f"data: {event}\n\n" for event in events)
-        self.answers.append((200, "text/event-stream", body))
+        self.answers.append((200, body, "text/event-stream"))
 
     def fails_with(self, status, body, media_type="application/json"):
-        self.answers.append((status, media_type, body))
+        self.answers.append((status, body, media_type))
 
 
 @pytest.fixture
 def endpoint():
     endpoint = Endpoint()
     yield endpoint
-    endpoint.server.shutdown()
-    endpoint.server.server_close()
+    endpoint.close()
 
 
 @pytest.fixture
