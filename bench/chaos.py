@@ -47,7 +47,8 @@ from chaos_report import (
 )
 from chaos_target import Target
 
-TAIL_S = 3.0  # of load behind a fault, when all is whole again
+CALM_S = 60.0  # of undisturbed load: longer than most faults take
+PAUSE_S = 3.0  # of load between two times of one fault, and behind the last, when all is whole again
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,8 @@ def _run_all(faults: Sequence[Fault], options: Options) -> Iterator[Verdict]:
         while left:
             with serve(shape, options.port, options.logs) as deployment:
                 print(f"\n{shape.name}, {options.streams} streams\n{HEADER}")
-                first = asyncio.run(_undisturbed(deployment, options))
-                calm = asyncio.run(_undisturbed(deployment, options))
+                first = asyncio.run(_undisturbed(deployment, options, 0))
+                calm = asyncio.run(_undisturbed(deployment, options, CALM_S))
                 known = answers.setdefault(
                     shape.model_name, {stream.request.index: stream.tokens for stream in first.streams}
                 )
@@ -146,34 +147,40 @@ def _run_all(faults: Sequence[Fault], options: Options) -> Iterator[Verdict]:
                     is_whole = run.trouble is None
 
 
-async def _undisturbed(deployment: Deployment, options: Options) -> Run:
+async def _undisturbed(deployment: Deployment, options: Options, at_least_s: float) -> Run:
+    """Ask the whole list, and go on for as long as is wanted."""
     began_at = time.perf_counter()
     enough = asyncio.Event()
-    enough.set()  # after the list
-    streams = await _load(deployment, options, enough)
-    return Run("undisturbed", deployment.shape.name, began_at, streams)
+    load = asyncio.create_task(_load(deployment, options, enough))
+    await asyncio.sleep(at_least_s)
+    enough.set()
+    return Run("undisturbed", deployment.shape.name, began_at, await load)
 
 
 async def _disturbed(deployment: Deployment, fault: Fault, options: Options) -> Run:
-    """Let a fault do its harm under load."""
+    """Let a fault do its harm under load, as many times as it should."""
     async with httpx.AsyncClient(base_url=deployment.url, timeout=30) as client:
         target = Target(deployment, client)
         if fault.prepare:
             await fault.prepare(target)
         moved_before = await target.moved_bytes()
         began_at, enough, trouble = time.perf_counter(), asyncio.Event(), None
+        struck = []
         load = asyncio.create_task(_load(deployment, options, enough))
         await asyncio.sleep(LEAD_S)
         try:
-            await fault.strike(target)
-            await target.until_whole()
+            for _ in range(fault.times):
+                num_before = len(target.blows)
+                await fault.strike(target)
+                await target.until_whole()
+                struck.append((target.blows[num_before].at, time.perf_counter()))
+                await asyncio.sleep(PAUSE_S)
         except (httpx.HTTPError, TimeoutError, LookupError, StopIteration) as error:
             trouble = f"{type(error).__name__}: {error}"
-        await asyncio.sleep(TAIL_S)
         enough.set()
         streams = await load
         moved = await target.moved_bytes() - moved_before
-        return Run(fault.name, deployment.shape.name, began_at, streams, target.blows, moved, trouble)
+        return Run(fault.name, deployment.shape.name, began_at, streams, target.blows, struck, moved, trouble)
 
 
 async def _load(deployment: Deployment, options: Options, enough: asyncio.Event) -> list[Stream]:

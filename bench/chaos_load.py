@@ -71,13 +71,13 @@ class Stream:
 
 
 def make_requests(number: int, mean_tokens: int) -> list[Request]:
-    """Make a list of requests, every other one greedy; lengths differ, so that they do not end at once."""
+    """Make a list of requests, every other one greedy; lengths differ much, so that few end together."""
     requests = []
     for index in range(number):
         chance = random.Random(index)
         words = " ".join(chance.choices(_WORDS, k=chance.choice((2, 5, 12, 30, 60))))
         prompt = f"Story {index}. Once upon a time there was a {words}, and"
-        max_tokens = mean_tokens - 8 + 7 * index % 17
+        max_tokens = mean_tokens + (19 * index % 49 - 24) * mean_tokens // 48
         requests.append(Request(index, 1000 + index, 0.8 * (index % 2), max_tokens, prompt))
     return requests
 

@@ -13,9 +13,9 @@ def plot(path: Path, runs: Sequence[Run]) -> None:
     except ImportError:
         print("no plot without matplotlib: pip install -e '.[bench]'")
         return
-    calm_tokens_per_s = {
-        run.shape: run.tokens_per_s() for run in runs if not run.blows
-    }  # the last one counts
+    calm_tokens_per_s = {  # the last one counts
+        run.shape: run.tokens_per_s(run.steady) for run in runs if not run.blows
+    }
     disturbed = [run for run in runs if run.blows]
     if not disturbed:
         print("no plot: there was no fault")

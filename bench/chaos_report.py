@@ -3,16 +3,19 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from chaos_load import Stream
 from chaos_target import Blow
 
-LEAD_S = 5.0  # of load before a fault: by then all streams have read their first prompts
-SHORTEST_WINDOW_S = 5.0  # behind a blow, for tokens per second
+LEAD_S = 8.0  # of load before a fault: by then all streams have read their first prompts
+SHORTEST_WINDOW_S = 5.0  # behind a blow
+STRIDE_S = 1.0  # between the windows of an undisturbed run
 BIN_S = 0.25
 
 Answers = Mapping[int, tuple[tuple[str, float], ...]]  # index of the request -> tokens with logprobs
+Window = tuple[float, float]  # begin and end
 
 
 @dataclass(frozen=True)
@@ -24,34 +27,36 @@ class Run:
     began_at: float
     streams: Sequence[Stream]
     blows: Sequence[Blow] = ()
+    struck: Sequence[Window] = ()  # of each time that the fault was done: to when all was whole again
     moved_bytes: int = 0
     trouble: str | None = None  # why it did not go as planned
 
     @property
     def end(self) -> float:
-        """When the first stream found no more to ask for: from then on, fewer streams go on."""
+        """When the last stream began: from then on, fewer streams go on."""
         return max(stream.began_at for stream in self.streams)
 
     @property
-    def window(self) -> tuple[float, float]:
-        """From the first blow until all was whole again; without a blow, from when it would have come."""
-        if not self.blows:
-            return self.began_at + LEAD_S, self.end
-        begin = self.blows[0].at
-        return begin, max(begin + SHORTEST_WINDOW_S, *(blow.whole_at or self.end for blow in self.blows))
+    def windows(self) -> list[Window]:
+        return [(begin, max(end, begin + SHORTEST_WINDOW_S)) for begin, end in self.struck]
 
-    def tokens_per_s(self) -> float:
-        begin, end = self.window
+    def like_windows(self, length_s: float) -> list[Window]:
+        """Return all windows of this length in an undisturbed run; the whole of it, if that is shorter."""
+        begin = self.began_at + LEAD_S
+        number = max(1, int((self.end - length_s - begin) / STRIDE_S) + 1)
+        return [(begin + STRIDE_S * i, min(begin + STRIDE_S * i + length_s, self.end)) for i in range(number)]
+
+    def tokens_per_s(self, window: Window) -> float:
+        begin, end = window
         return sum(begin <= at < end for s in self.streams for at in s.token_times) / (end - begin)
 
-    def longest_gap_s(self) -> float:
-        """Between two tokens of one stream; of gaps that ended within the window, or behind it."""
-        return max((gap for at, gap in self._gaps() if at >= self.window[0]), default=math.inf)
+    def longest_gap_s(self, window: Window) -> float:
+        """Between two tokens of one stream; of gaps of which some part is in the window."""
+        return max(self._gaps(window), default=math.inf)
 
-    def p99_gap_s(self) -> float:
+    def p99_gap_s(self, window: Window) -> float:
         """Of the gaps of which some part is in the window."""
-        begin, end = self.window
-        gaps = sorted(gap for at, gap in self._gaps() if begin <= at < end + gap)
+        gaps = sorted(self._gaps(window))
         return gaps[int(0.99 * len(gaps))] if gaps else math.inf
 
     def whole_after_s(self) -> float | None:
@@ -67,13 +72,18 @@ class Run:
             bins[int(at / BIN_S)] += 1
         return bins
 
-    def _gaps(self) -> list[tuple[float, float]]:
-        return [gap for stream in self.streams for gap in stream.gaps()]
+    def _gaps(self, window: Window) -> list[float]:
+        begin, end = window
+        return [gap for stream in self.streams for at, gap in stream.gaps() if begin <= at < end + gap]
 
 
 @dataclass(frozen=True)
 class Row:
-    """The numbers of one run beside those of the undisturbed one, called calm."""
+    """The numbers of one run beside those of the undisturbed one, called calm.
+
+    A time is the median over the times that the fault was done, and its calm counterpart the median over
+    all windows of that length of the calm run.
+    """
 
     name: str
     shape: str
@@ -81,12 +91,15 @@ class Row:
     failed: int
     num_503: int
     differing: int
-    calm_gap_s: float
+    times: int
+    calm_gap_s: float  # the longest
     gap_s: float
     gap_growth_s: float
+    worst_gap_s: float  # of all times
     calm_p99_s: float
     p99_s: float
     first_token_s: float  # the longest that a stream waited for its first token
+    calm_tokens_per_s: float
     tokens_per_s: float
     throughput_lost: float  # share of the calm tokens per second
     whole_after_s: float | None
@@ -111,7 +124,15 @@ WHOLE = Bar("whole again by itself", lambda row: row.whole_after_s is not None a
 
 def make_row(run: Run, calm: Run, answers: Answers) -> Row:
     """Compare a run with the calm one of the same deployment, and with what was answered first of all."""
+    windows = run.windows
+    like = calm.like_windows(median(end - begin for begin, end in windows))
     waits = [stream.token_times[0] - stream.began_at for stream in run.streams if stream.token_times]
+    gaps_s = [run.longest_gap_s(window) for window in windows]
+    calm_gap_s = median(map(calm.longest_gap_s, like))
+    tokens_per_s, calm_tokens_per_s = (
+        median(map(run.tokens_per_s, windows)),
+        median(map(calm.tokens_per_s, like)),
+    )
     return Row(
         name=run.name,
         shape=run.shape,
@@ -119,14 +140,17 @@ def make_row(run: Run, calm: Run, answers: Answers) -> Row:
         failed=sum(stream.error is not None for stream in run.streams),
         num_503=sum(stream.status == 503 for stream in run.streams),
         differing=sum(difference(stream, answers) is not None for stream in run.streams),
-        calm_gap_s=calm.longest_gap_s(),
-        gap_s=run.longest_gap_s(),
-        gap_growth_s=run.longest_gap_s() - calm.longest_gap_s(),
-        calm_p99_s=calm.p99_gap_s(),
-        p99_s=run.p99_gap_s(),
+        times=len(run.struck),
+        calm_gap_s=calm_gap_s,
+        gap_s=median(gaps_s),
+        gap_growth_s=median(gaps_s) - calm_gap_s,
+        worst_gap_s=max(gaps_s),
+        calm_p99_s=median(map(calm.p99_gap_s, like)),
+        p99_s=median(map(run.p99_gap_s, windows)),
         first_token_s=max(waits, default=math.inf),
-        tokens_per_s=run.tokens_per_s(),
-        throughput_lost=1 - run.tokens_per_s() / calm.tokens_per_s(),
+        calm_tokens_per_s=calm_tokens_per_s,
+        tokens_per_s=tokens_per_s,
+        throughput_lost=1 - tokens_per_s / calm_tokens_per_s,
         whole_after_s=run.whole_after_s(),
         moved_bytes=run.moved_bytes,
         trouble=run.trouble,
@@ -170,8 +194,10 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("failed", lambda row: str(row.failed)),
     ("503s", lambda row: str(row.num_503)),
     ("differing", lambda row: str(row.differing)),
+    ("times", lambda row: str(row.times)),
     (" longest gap, s", lambda row: f"{row.calm_gap_s:.2f} -> {row.gap_s:.2f}"),
     ("growth, ms", lambda row: f"{1e3 * row.gap_growth_s:+.0f}"),
+    ("worst, s", lambda row: f"{row.worst_gap_s:.2f}"),
     ("     p99 gap, s", lambda row: f"{row.calm_p99_s:.2f} -> {row.p99_s:.2f}"),
     ("tokens/s", lambda row: f"{row.tokens_per_s:.0f}"),
     ("lost", lambda row: f"{row.throughput_lost:.0%}"),

@@ -4,8 +4,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +49,25 @@ class Deployment:
         )
         for chunk in chunks:
             yield chunk.choices[0].delta.content or ""
+
+    @contextmanager
+    def telling(self, model: str, num_tokens: int, num_streams: int = 1) -> Iterator[set[str]]:
+        """Have stories told, one after the other, until the block ends; yield what will be all of them."""
+        answers: set[str] = set()
+        is_enough = threading.Event()
+
+        def tell() -> None:
+            while not is_enough.is_set():
+                answers.add("".join(self.story(model, num_tokens)))
+
+        with ThreadPoolExecutor(num_streams) as pool:
+            streams = [pool.submit(tell) for _ in range(num_streams)]
+            try:
+                yield answers
+            finally:
+                is_enough.set()
+            for stream in streams:
+                stream.result()
 
     def status(self) -> dict:
         return httpx.get(f"{self.url}/status", timeout=30).raise_for_status().json()

@@ -1,4 +1,4 @@
-"""Expert groups are added, emptied and removed by command while a stream goes on, which does not change."""
+"""Expert groups are added, emptied and removed by command while streams go on, which do not change."""
 
 import subprocess
 
@@ -37,21 +37,18 @@ def metric(deployment: Deployment, name: str) -> float:
     return sum(float(line.split()[-1]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
 
 
-def test_a_stream_does_not_notice_that_groups_come_and_go(deployment: Deployment) -> None:
+def test_streams_do_not_notice_that_groups_come_and_go(deployment: Deployment) -> None:
     undisturbed = "".join(deployment.story(MODEL, NUM_TOKENS))
     epoch, staged_bytes = metric(deployment, "tradewind_placement_epoch"), "tradewind_rebalance_bytes_total"
     before_bytes = metric(deployment, staged_bytes)
 
-    story = deployment.story(MODEL, NUM_TOKENS)
-    answer = next(story)
-    assert "3 groups live" in experts(deployment, "scale", "3")
-    assert len(groups(deployment)) == 3
-    answer += next(story)
-    assert "2 groups live" in experts(deployment, "scale", "2")
-    answer += "".join(story)
-    assert answer == undisturbed
+    with deployment.telling(MODEL, NUM_TOKENS) as answers:
+        assert "3 groups live" in experts(deployment, "scale", "3")
+        assert len(groups(deployment)) == 3
+        assert "2 groups live" in experts(deployment, "scale", "2")
+        assert len(groups(deployment)) == 2
+    assert answers == {undisturbed}
 
-    assert len(groups(deployment)) == 2
     assert metric(deployment, "tradewind_placement_epoch") > epoch
     assert metric(deployment, staged_bytes) > before_bytes, "the third group was filled with nothing"
 
