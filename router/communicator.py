@@ -26,6 +26,9 @@ class _Operation:
     memory: object  # what the device reads or writes until then
     done: Event | None = None  # behind the operation; None until NCCL has taken it
 
+    def is_done(self) -> bool:
+        return self.done is not None and self.done.query()
+
 
 class Communicator:
     """The place of one rank in an NCCL communicator, and the stream on which its operations run in order.
@@ -90,10 +93,13 @@ class Communicator:
             lambda stream: self._comm.send(rows.data_ptr(), count, self._nccl(dtype), peer, stream), rows
         )
 
-    def receive(self, rows: DeviceRows, dtype: Dtype, peer: int) -> None:
-        """Receive all of `rows` from rank `peer`, behind what the calling thread's current stream holds."""
+    def receive(self, rows: DeviceRows, dtype: Dtype, peer: int) -> Event:
+        """Receive all of `rows` from rank `peer`, behind what the calling thread's current stream holds.
+
+        Returns the event behind it, which comes also when the communicator is lost.
+        """
         count = rows.nbytes // dtype.element_bytes
-        self._start(
+        return self._start(
             lambda stream: self._comm.recv(rows.data_ptr(), count, self._nccl(dtype), peer, stream), rows
         )
 
@@ -112,10 +118,10 @@ class Communicator:
     def is_idle(self) -> bool:
         """Return whether all operations are done, without blocking. Raises CommunicatorLost."""
         try:
-            while self._running and (done := self._running[0].done) is not None and done.query():
+            while self._running and self._running[0].is_done():
                 self._running.popleft()
         except RuntimeError as error:  # of the device
-            self._lose(str(error))
+            self._lose(repr(error))
         idle = not self._running
         self.check()  # last: aborting ends operations, too, and what those leave is worth nothing
         return idle
@@ -135,7 +141,7 @@ class Communicator:
         code: int = getattr(self._device.nccl, f"NCCL_{dtype.name}")
         return code
 
-    def _start(self, call: Callable[[int], None], memory: object) -> None:
+    def _start(self, call: Callable[[int], None], memory: object) -> Event:
         self.check()
         operation = _Operation(time.monotonic() + self._timeout_s, memory)
         self._running.append(operation)  # before the call, which may block
@@ -145,9 +151,10 @@ class Communicator:
                 self._stream.wait_stream(self._device.current_stream())
                 call(self._stream.cuda_stream)
                 operation.done = self._stream.record_event()
-        except RuntimeError as error:  # of NCCL, or of the device
-            self._lose(str(error))
-            self.check()
+                return operation.done
+        except (RuntimeError, KeyError) as error:  # KeyError: from cupy, for an error that it has no name for
+            self._lose(repr(error))
+            raise CommunicatorLost(self._lost) from error
 
     def _launching(self) -> AbstractContextManager[object]:
         # Not while opening, when the call may block until the peer makes its own.
@@ -164,21 +171,23 @@ class Communicator:
                 self._comm = self._device.nccl.NcclCommunicator(size, unique_id, self.rank)
                 first(self)
                 self.wait()
-            self._opened.set()
-            while not self._ended.wait(min(self._timeout_s / 4, _WATCH_S)):
-                self._watch()
-        except (RuntimeError, CommunicatorLost) as error:
+                self._opened.set()
+                while not self._ended.wait(min(self._timeout_s / 4, _WATCH_S)):
+                    self._watch()
+        except CommunicatorLost as error:
             self._lose(str(error))
+        except Exception as error:  # whatever it is: nothing else would bound the others' waiting
+            self._lose(repr(error))
         self._opened.set()
         self._on_lost()
         self._abort()
 
     def _watch(self) -> None:
-        try:
-            oldest = self._running[0]
-        except IndexError:
+        # A copy: other threads add and remove. What is done stays in there until somebody asks.
+        running = next((each for each in tuple(self._running) if not each.is_done()), None)
+        if running is None:
             return
-        if time.monotonic() > oldest.deadline and not (oldest.done is not None and oldest.done.query()):
+        if time.monotonic() > running.deadline:
             raise CommunicatorLost(f"the other side did not take part within {self._timeout_s:g} s")
         if self._in_nccl.acquire(blocking=False):
             try:

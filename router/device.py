@@ -14,6 +14,9 @@ class Event(Protocol):
     def query(self) -> bool:
         """Return whether the device got there, without blocking."""
 
+    def synchronize(self) -> None:
+        """Block until the device got there, without a limit and without spinning."""
+
 
 class Stream(Protocol):
     """Work in order, on the device. Implemented by `torch.cuda.Stream`."""
@@ -33,7 +36,9 @@ class Device(Protocol):
     """The seam below NCCL: the tests put a double here that checks every call against NCCL's rules."""
 
     nccl: Any  # the module `cupy.cuda.nccl`, which has no types
-    launching: threading.Lock  # held around calls that put NCCL's kernels on the device: one thread at a time
+    # Held around calls that put NCCL's kernels on the device, so that one thread does at a time; but not
+    # around a first exchange, which may block until the peer makes its own.
+    launching: AbstractContextManager[object]
 
     def use(self) -> AbstractContextManager[None]:
         """Make this the calling thread's current device."""
@@ -63,7 +68,7 @@ class CudaDevice:
         self._cuda: Any = cuda
         self._device = torch.device("cuda", ordinal)
         self.nccl: Any = nccl
-        self.launching = threading.Lock()
+        self.launching: AbstractContextManager[object] = threading.Lock()
 
     def use(self) -> AbstractContextManager[None]:
         return torch.cuda.device(self._device)
@@ -83,18 +88,19 @@ class _OwnStream:
     """A stream that cupy made.
 
     Not one of torch's pool: that hands the same 32 out again and again, and two communicators on one stream
-    would wait for each other's peers. Of the highest priority, so that NCCL's few blocks go first.
+    would wait for each other's peers. Above the priority of torch's (0), so that NCCL's few blocks go first.
     """
 
     def __init__(self, cuda: Any, device: torch.device) -> None:
         self._owner = cuda.Stream(non_blocking=True, priority=-1)
-        torch_cuda: Any = torch.cuda  # ExternalStream has no types
-        self._stream: Any = torch_cuda.ExternalStream(self._owner.ptr, device)
+        self._torch_cuda: Any = torch.cuda  # streams and events have no types
+        self._stream: Any = self._torch_cuda.ExternalStream(self._owner.ptr, device)
         self.cuda_stream: int = self._owner.ptr
 
     def wait_stream(self, stream: Any) -> None:
         self._stream.wait_stream(stream)
 
     def record_event(self) -> Event:
-        event: Event = self._stream.record_event()
+        # By default, who waits for an event spins.
+        event: Event = self._stream.record_event(self._torch_cuda.Event(blocking=True))
         return event

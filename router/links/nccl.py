@@ -4,13 +4,15 @@ import contextlib
 import select
 import socket
 import struct
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
+from queue import SimpleQueue
 
 from router.communicator import Communicator, CommunicatorLost
-from router.device import Device
+from router.device import Device, Event
 from router.links.base import DeviceRows, Dtype, Frame, Kind, LinkLost
 from router.links.stream import StreamLink
 from router.links.wire import HEADER_BYTES, MAX_FRAME_BYTES, decode_header, encode_header
@@ -29,6 +31,9 @@ class NcclLink:
     receives what nobody sends. In one communicator, operations run in the order of the calls, so if each side
     sent before it received, both would wait for ever; with one per direction, the order is the sender's, and
     the receiver follows it. Host rows stay on the socket.
+
+    No calls are grouped: NCCL promises nothing when one side groups what the other does not
+    (github.com/NVIDIA/nccl/issues/1279), and a receiver does not know what follows the frame that it reads.
 
     The end of the socket is the end of both communicators: NCCL itself does not notice that a peer has died.
     What is on its way when a link is closed may be lost. One thread may send while another receives.
@@ -53,15 +58,18 @@ class NcclLink:
         self._max_frame_bytes = max_frame_bytes
         self._unsent: deque[Frame] = deque()  # their rows leave when the socket has taken what precedes them
         self._arriving: Frame | None = None
+        self._receiving: SimpleQueue[Event | None] = SimpleQueue()
         self._buffer = device.empty(1)  # grows to the largest frame seen
         self._communicators: list[Communicator] = []
-        # A byte in it makes `fileno` readable: rows are on the way, or a communicator is lost.
+        # A byte in it makes `fileno` readable: rows have arrived, or a communicator is lost.
         self._bell, self._bell_end = socket.socketpair()
+        self._bell_end.setblocking(False)
         self._epoll = select.epoll()
         for source in (stream, self._bell_end):
             self._epoll.register(source, select.EPOLLIN)
         with self._closing_on_loss():
             self._open(open_timeout_s, timeout_s)
+            threading.Thread(target=self._ring_for_rows, name=f"rows of {self.peer}", daemon=True).start()
 
     @property
     def peer(self) -> str:
@@ -74,6 +82,7 @@ class NcclLink:
         self._stream.close()
         for communicator in self._communicators:
             communicator.close()
+        self._receiving.put(None)
         self._epoll.close()
         self._bell.close()
         self._bell_end.close()
@@ -98,24 +107,18 @@ class NcclLink:
     def receive(self, timeout_s: float | None = None) -> Frame:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._closing_on_loss():
-            if self._arriving is None:
-                self._begin(self._stream.receive(timeout_s))
-            began = time.monotonic()
-            while (frame := self._arrived()) is None:
-                if deadline is not None and time.monotonic() > deadline:
-                    raise LinkLost(f"link to {self.peer!r} is lost: the peer took too long")
-                time.sleep(0 if time.monotonic() - began < 0.001 else 0.0001)
+            while (frame := self.poll()) is None:
+                self._wait(None if deadline is None else deadline - time.monotonic())
             return frame
 
     def poll(self) -> Frame | None:
         with self._closing_on_loss():
-            for communicator in self._communicators:
-                communicator.check()
-            if self._arriving is None:
-                if (outer := self._stream.poll()) is None:
-                    return None
+            if self._arriving is None and (outer := self._stream.poll()) is not None:
                 self._begin(outer)
-            return self._arrived()
+            frame = self._arrived()
+            for communicator in self._communicators:
+                communicator.check()  # last: the bell rings for a loss, too
+            return frame
 
     def _open(self, open_timeout_s: float, timeout_s: float) -> None:
         version, ours = self._device.nccl.get_version(), self._device.nccl.get_unique_id()
@@ -177,19 +180,21 @@ class NcclLink:
             self._arriving, dtype=header.dtype, num_rows=header.num_rows, device_rows=rows
         )
         if rows.nbytes:
-            self._incoming.receive(rows, header.dtype, _SENDER)
-            self._ring()
+            self._receiving.put(self._incoming.receive(rows, header.dtype, _SENDER))
+            # Or the next frame's header would keep `fileno` readable until the rows are there.
+            self._listen_for(select.EPOLLRDHUP)
 
     def _arrived(self) -> Frame | None:
-        """Return the frame that arrives if its rows are there."""
-        if not self._incoming.is_idle():
-            if self._has_hung_up():
-                raise LinkLost(f"link to {self.peer!r} is lost: the peer closed it while it sent rows")
-            return None
-        frame, self._arriving = self._arriving, None
+        """Return the frame that arrives if the bell rang for its rows."""
+        frame = self._arriving
         if frame is not None and frame.device_rows is not None and frame.device_rows.nbytes:
-            with contextlib.suppress(OSError):  # the link is closed
-                self._bell_end.recv(1)
+            if not self._has_rung():
+                if self._has_hung_up():
+                    raise LinkLost(f"link to {self.peer!r} is lost: the peer closed it while it sent rows")
+                return None
+            self._incoming.is_idle()  # lets go of the rows
+            self._listen_for(select.EPOLLIN)
+        self._arriving = None
         return frame
 
     def _room_for(self, num_bytes: int) -> DeviceRows:
@@ -197,9 +202,39 @@ class NcclLink:
             self._buffer = self._device.empty(num_bytes)
         return self._buffer[:num_bytes]
 
+    def _wait(self, timeout_s: float | None) -> None:
+        # Not the epoll: it forgets a socket that another thread closes, and would sleep on.
+        poller = select.poll()
+        try:
+            poller.register(self._stream, select.POLLIN if self._arriving is None else select.POLLRDHUP)
+            poller.register(self._bell_end, select.POLLIN)
+        except ValueError:
+            raise LinkLost(f"link to {self.peer!r} is lost: it was closed on this side") from None
+        timed_out = timeout_s is not None and timeout_s <= 0  # also under a peer that trickles
+        if timed_out or not poller.poll(None if timeout_s is None else timeout_s * 1000):
+            raise LinkLost(f"link to {self.peer!r} is lost: the peer took too long")
+
+    def _ring_for_rows(self) -> None:
+        """Ring when the rows of a frame are there, once for each; in a thread, so that nobody spins."""
+        with self._device.use():
+            while (done := self._receiving.get()) is not None:
+                with contextlib.suppress(RuntimeError):  # of the device; who asks for the rows hears of it
+                    done.synchronize()
+                self._ring()
+
     def _ring(self) -> None:
         with contextlib.suppress(OSError):  # the link is closed
             self._bell.send(b"!")
+
+    def _has_rung(self) -> bool:
+        try:
+            return bool(self._bell_end.recv(1))
+        except OSError:  # there is nothing, or the link is closed
+            return False
+
+    def _listen_for(self, events: int) -> None:
+        with contextlib.suppress(ValueError, OSError):  # the link is closed
+            self._epoll.modify(self._stream, events)
 
     def _has_hung_up(self) -> bool:
         """Return whether the peer, or we, closed the socket, whatever it still holds."""
@@ -217,6 +252,9 @@ class NcclLink:
         except CommunicatorLost as error:
             self.close()
             raise LinkLost(f"link to {self.peer!r} is lost: NCCL: {error}") from error
+        except RuntimeError as error:  # of NCCL, or of the device: no memory for rows, which can't be skipped
+            self.close()
+            raise LinkLost(f"link to {self.peer!r} is lost: {error}") from error
         except LinkLost:
             self.close()
             raise

@@ -3,6 +3,8 @@
 MODULE = {
     "get_version": "get_version()",
     "get_unique_id": "get_unique_id()",
+    "groupStart": "groupStart()",
+    "groupEnd": "groupEnd()",
 }
 COMMUNICATOR = {
     "__init__": "NcclCommunicator(int ndev, bytes commId, int rank, NcclConfig config=None)",

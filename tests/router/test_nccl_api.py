@@ -49,16 +49,13 @@ def test_an_id_of_the_double_looks_like_one_of_nccls():
     assert (type(unique_id), len(unique_id)) == (bytes, 128)
 
 
-@pytest.mark.parametrize("name", ["wait_stream", "record_event", "cuda_stream"])
-def test_a_stream_of_torch_has_what_we_ask_of_it(name: str):
-    assert hasattr(torch.cuda.ExternalStream, name) or name == "cuda_stream"  # that one is set in C++
-
-
 def test_torch_makes_streams_and_events_as_we_call_it():
     inspect.signature(torch.cuda.ExternalStream.__new__).bind("cls", 0x1000, torch.device("cuda", 0))
     inspect.signature(torch.cuda.Stream.wait_stream).bind("self", "stream")
-    inspect.signature(torch.cuda.Stream.record_event).bind("self")
+    inspect.signature(torch.cuda.Stream.record_event).bind("self", "event")
+    inspect.signature(torch.cuda.Event.__new__).bind("cls", blocking=True)
     inspect.signature(torch.cuda.Event.query).bind("self")
+    inspect.signature(torch.cuda.Event.synchronize).bind("self")
     inspect.signature(torch.cuda.current_stream).bind(torch.device("cuda", 0))
 
 
@@ -95,6 +92,13 @@ def test_our_arguments_reach_the_nccl_library(nccl, name: str):
 
 def test_cupys_errors_are_what_a_communicator_catches(nccl):
     assert issubclass(nccl.NcclError, RuntimeError)
+
+
+def test_cupy_has_no_name_for_every_error(nccl):
+    """Hence the KeyError that a communicator catches, too."""
+    nccl_in_progress = 7
+    with pytest.raises(KeyError):
+        nccl.NcclError(nccl_in_progress)
 
 
 def test_cupy_makes_streams_as_we_call_it(nccl):

@@ -1,6 +1,7 @@
 """What only a link over NCCL has: streams, memory, and two communicators to open and to lose."""
 
 import select
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +16,7 @@ from router.links.rows import frame_of, rows_of
 from router.links.stream import StreamLink
 from tests.router.links import hostile_bytes
 from tests.router.links.link_pairs import Ends, data_of, open_both, over_double, stream_links, unix_sockets
-from tests.router.nccl_double import World
+from tests.router.nccl_double import NcclError, World
 
 SOON_S = 2.0
 
@@ -92,6 +93,14 @@ def test_the_receive_buffer_is_reused_and_grows(ends: Ends):
     assert ends.devices[1].allocated[before:] == [400, 4000]
 
 
+def test_a_receive_buffer_that_was_outgrown_is_let_go(ends: Ends):
+    pointers = []
+    for num_bytes in (400, 4000):
+        ends.links[0].send(ends.frame(bytes(num_bytes)))
+        pointers.append(ends.links[1].receive(5).device_rows.data_ptr())
+    assert [ends.devices[1].holds(pointer, 400) for pointer in pointers] == [False, True]
+
+
 def test_rows_do_not_leave_before_their_header(ends: Ends):
     """A kernel that waits for a peer that does not even read would only take room on the device."""
     host = Frame(Kind.WEIGHTS, dtype=Dtype.UINT8, num_rows=1, rows=memoryview(bytes(10_000_000)))
@@ -127,10 +136,45 @@ def test_rows_that_never_come_lose_the_link_in_time():
         assert time.monotonic() - began < SOON_S
 
 
+def test_who_waits_for_an_answer_hears_that_nobody_takes_the_rows():
+    with over_double(unix_sockets(), timeout_s=0.1) as ends:
+        ends.links[0].send(ends.frame(bytes(8)))
+        with pytest.raises(LinkLost, match="NCCL: the other side did not take part"):
+            ends.links[0].receive()
+
+
+def test_a_selector_sleeps_until_the_rows_are_there(ends: Ends):
+    """Also when the header of the next frame is there already."""
+    kernel = ends.devices[0].current_stream().run(lambda: None)
+    for sequence in (1, 2):
+        ends.links[0].send(ends.frame(bytes(8), sequence=sequence))
+    assert ends.links[1].poll() is None
+    assert select.select([ends.links[1]], [], [], 0)[0] == []
+    kernel.open()
+    for sequence in (1, 2):
+        frame = None
+        while frame is None:  # readable for the header, or for the rows
+            assert select.select([ends.links[1]], [], [], SOON_S)[0] == [ends.links[1]]
+            frame = ends.links[1].poll()
+        assert frame.sequence == sequence
+    assert select.select([ends.links[1]], [], [], 0)[0] == []
+
+
+def test_no_memory_on_the_device_for_a_frame_loses_the_link(ends: Ends):
+    """The rows can't be skipped, so nothing behind them could be told apart."""
+    ends.devices[1].free_bytes = 100
+    ends.links[0].send(ends.frame(bytes(400)))
+    with pytest.raises(LinkLost, match="'a' is lost: device of b is out of memory"):
+        ends.links[1].poll()
+    assert ends.links[1].fileno() == -1
+    with pytest.raises(LinkLost):
+        ends.links[0].receive(SOON_S)
+
+
 def test_an_error_of_the_network_loses_the_link():
     with over_double(unix_sockets(), timeout_s=1.0) as ends:
         ends.send_in_part(ends.frame(bytes(8)))
-        ends.links[1]._incoming._comm.clique.network_error = "remote process exited"
+        ends.links[1]._incoming._comm.clique.network_error = NcclError("remote process exited")
         with pytest.raises(LinkLost, match="remote process exited"):
             ends.links[1].receive()
 
@@ -148,6 +192,18 @@ def test_a_peer_with_another_nccl_is_refused_by_both(world: World, streams):
     devices[1].nccl._version = 22703
     with pytest.raises(LinkLost, match=r"has NCCL (22703, we have 23203|23203, we have 22703)"):
         open_both(streams, devices)
+
+
+def test_an_nccl_that_does_not_work_is_a_loss_for_both_sides(world: World, streams):
+    def fail() -> bytes:
+        raise NcclError("NCCL_ERROR_SYSTEM_ERROR: no socket interface found")
+
+    device = world.device("a")
+    device.nccl.get_unique_id = fail
+    with pytest.raises(LinkLost, match="'b' is lost: NCCL_ERROR_SYSTEM_ERROR: no socket interface"):
+        NcclLink(streams[0], device)
+    with pytest.raises(LinkLost):
+        streams[1].receive(SOON_S)
 
 
 def test_a_peer_that_says_nothing_is_a_loss_in_time(world: World, streams):
@@ -198,3 +254,14 @@ def test_closing_aborts_both_communicators_of_both_sides(ends: Ends):
     with world.changed:
         assert world.changed.wait_for(lambda: all(each.is_aborted for each in communicators), SOON_S)
     assert len(communicators) == 4
+
+
+def test_closing_ends_all_threads_of_both_sides(ends: Ends):
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith(("rows of", "nccl rank"))]
+    ends.links[0].close()
+    with pytest.raises(LinkLost):
+        ends.links[1].receive(SOON_S)
+    for thread in threads:
+        thread.join(SOON_S)
+    assert len(threads) >= 6
+    assert [thread.name for thread in threads if thread.is_alive()] == []
