@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from router.exchange import Batch, exchange
+from router.exchange import Batch, Wait, exchange
 from router.links.base import Dtype, Frame, Kind, LinkLost
 from router.links.pool import LinkPool
 from router.placement import Group, Placement
@@ -71,7 +71,7 @@ class Dispatcher:
     Implements the `Experts` seam of the layers. Experts hold no state, so rows of a lost group are simply
     sent again: to another replica, or, if there is none, to the one that a newer placement brings.
     A group that reports an error, or at whose address another process answers, counts as lost too; so does,
-    while we wait for it, one that a newer placement no longer has, and one that is slow and can be replaced.
+    while we wait for it, one that a newer placement no longer has, and one that alone is slow.
     For one thread, except for `take_load`, `counts` and `epoch_in_use`.
     """
 
@@ -86,9 +86,10 @@ class Dispatcher:
         reply_timeout_s: float = 30.0,
         deadline_s: float = 60.0,
     ) -> None:
-        """Give a group `reply_timeout_s` to answer, or `doubt_after_s` if others could answer instead.
+        """Give a group `reply_timeout_s` to answer, less if others could answer instead.
 
-        An expert without replica gets `deadline_s` to return.
+        Those then get `doubt_after_s` after the layer's last answer, or after its rows were sent. An expert
+        without replica gets `deadline_s` to return.
         """
         self._placements = placements
         self._links = links
@@ -227,19 +228,29 @@ class Dispatcher:
             self._links.prepare(group.address)
         return opened
 
-    def _why_hopeless(self, batch: Batch, waited_s: float, patience_s: float) -> str | None:
-        """Say why the answer to a batch is not waited for any longer; None if it is."""
-        if waited_s > self._reply_timeout_s:
+    def _why_hopeless(self, batch: Batch, wait: Wait, patience_s: float) -> str | None:
+        """Say why the answer to a batch is not waited for any longer; None if it is.
+
+        A group is doubted once all answers have been silent for `patience_s`, if others could answer in its
+        place. Those that owe an answer themselves could not: they are as late, so perhaps it is the rows.
+        """
+        if wait.waited_s > self._reply_timeout_s:
             return f"no answer within {self._reply_timeout_s:g} s"
         newest = self._placements.current()
-        if newest.epoch > self._newest.epoch and batch.group.name not in {g.name for g in newest.groups}:
+        # By address: a group's name is used again by the one that takes its place.
+        if newest.epoch > self._newest.epoch and batch.group.address not in {
+            g.address for g in newest.groups
+        }:
             return f"the router took it out of placement {newest.epoch}"
-        if waited_s > patience_s:
-            others = self._live.without(batch.group.name)
+        if wait.quiet_s > patience_s:
             experts = np.frombuffer(batch.frame.meta, "<i4")[::2].tolist()
-            if all(others.replicas(batch.frame.layer, expert) for expert in experts):
-                return f"no answer within {patience_s:g} s, and others can be asked"
+            if all(self._is_held_by_others(batch.frame.layer, expert, wait.owing) for expert in experts):
+                return f"no answer for {patience_s:g} s, and others can be asked"
         return None
+
+    def _is_held_by_others(self, layer: int, expert: int, names: Collection[str]) -> bool:
+        """Say whether a live group other than these holds the expert."""
+        return any(self._live.groups[group].name not in names for group in self._live.replicas(layer, expert))
 
     def _lose(self, group: Group, error: LinkLost) -> None:
         self._last_loss = f"expert group {group.name!r} is lost: {error}"

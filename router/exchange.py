@@ -2,7 +2,7 @@
 
 import select
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,45 +26,74 @@ class Batch:
     frame: Frame
 
 
+@dataclass(frozen=True)
+class Wait:
+    """How long an exchange has lasted, for who decides whether to wait on."""
+
+    waited_s: float  # since the questions were sent
+    quiet_s: float  # since the last answer came, or, before the first, since the questions were sent
+    owing: Collection[str]  # names of the groups that were asked and gave no answer, the lost ones too
+
+
 def exchange(
     batches: Sequence[Batch],
     links: LinkPool,
     y_ND: NDArray[np.float32],
-    why_hopeless: Callable[[Batch, float], str | None],
+    why_hopeless: Callable[[Batch, Wait], str | None],
 ) -> list[tuple[Batch, LinkLost]]:
-    """Send every batch, then receive every answer into `y_ND`; return the batches that got none, and why.
+    """Send every batch and receive every answer into `y_ND`; return the batches that got none, and why.
 
-    `why_hopeless(batch, waited_s)` is asked now and then while nothing arrives; its answer ends the wait. The
-    links of batches without an answer are dropped: nobody may ever take a late answer for another.
+    Blocks on connecting to groups without an open link, then on no single group: while one reads nothing, the
+    others get their rows and give their answers. `why_hopeless` is asked about each unanswered batch, sent or
+    not, every 50 ms; its answer ends the wait. The links of batches without an answer are dropped: nobody may
+    ever take a late answer for another, or send what is left of a question.
 
-    This can't deadlock, however large the frames: a group blocks on no peer, neither to read nor to write, so
-    it takes in what we send even while answers to us or to others wait for their readers.
+    This can't deadlock, however large the frames: neither we nor a group block on a peer to read or to write.
     """
     lost: list[tuple[Batch, LinkLost]] = []
+    linked: list[tuple[Batch, Link]] = []
     unanswered: dict[int, tuple[Batch, Link]] = {}  # by file descriptor
+    owing = {batch.group.name for batch in batches}
     poller = select.poll()
-    sent_at = time.monotonic()
     try:
         for batch in batches:
             try:
-                link = _send(batch, links)
+                linked.append((batch, _link_to(batch.group, links)))
+            except LinkLost as error:
+                lost.append((batch, error))
+        # Only now: nobody is late because another group took long to connect to.
+        sent_at = answered_at = time.monotonic()
+        look_at = sent_at + _LOOK_S
+        for batch, link in linked:
+            try:
+                is_sent = link.post(batch.frame)
             except LinkLost as error:
                 lost.append((batch, error))
             else:
                 unanswered[link.fileno()] = batch, link
-                poller.register(link.fileno(), select.POLLIN)
+                poller.register(link.fileno(), select.POLLIN if is_sent else select.POLLIN | select.POLLOUT)
         while unanswered:
             ready = [number for number, _ in poller.poll(_LOOK_S * 1000)]
-            waited_s = time.monotonic() - sent_at
-            for number in ready or list(unanswered):
+            now = time.monotonic()
+            is_look = now >= look_at
+            if is_look:
+                look_at = now + _LOOK_S
+            for number in list(unanswered) if is_look else ready:
                 batch, link = unanswered[number]
                 try:
-                    if not ready and (reason := why_hopeless(batch, waited_s)):
-                        raise LinkLost(reason)
-                    answer = link.poll() if ready else None
+                    if link.flush():
+                        poller.modify(number, select.POLLIN)
+                    answer = link.poll()
                     if answer is None:
-                        continue
+                        if not is_look:
+                            continue
+                        reason = why_hopeless(batch, Wait(now - sent_at, now - answered_at, owing))
+                        if reason is None:
+                            continue
+                        raise LinkLost(reason)
                     _take(batch, answer, y_ND)
+                    owing.remove(batch.group.name)
+                    answered_at = now
                 except LinkLost as error:
                     lost.append((batch, error))
                 poller.unregister(number)
@@ -75,11 +104,10 @@ def exchange(
     return lost
 
 
-def _send(batch: Batch, links: LinkPool) -> Link:
-    link = links.get(batch.group.address)
-    if link.peer != batch.group.name:
+def _link_to(group: Group, links: LinkPool) -> Link:
+    link = links.get(group.address)
+    if link.peer != group.name:
         raise LinkLost(f"another process answers there: {link.peer!r}")  # it got a dead group's address
-    link.send(batch.frame)
     return link
 
 

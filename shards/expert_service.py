@@ -174,7 +174,7 @@ class ExpertService:
         """Read what has arrived; return a question once it is whole, if it is one of rows."""
         try:
             frame = link.poll()
-        except (LinkLost, MemoryError) as error:  # no memory for a frame: the rest of it can't be told apart
+        except LinkLost as error:
             self._drop(link, error)
             return None
         if frame is None:

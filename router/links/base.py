@@ -97,7 +97,9 @@ class Link(Protocol):
     def fileno(self) -> int:
         """Return the file descriptor that turns readable when a frame arrives, for a selector.
 
-        It may be readable earlier, while a frame is on its way; `poll` then returns None.
+        It may be readable earlier, while a frame is on its way; `poll` then returns None. It turns writable
+        when `flush` can go on, but not on every kind of link: who has something left calls `flush` anyway,
+        now and then.
         """
 
     def close(self) -> None:

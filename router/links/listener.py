@@ -13,14 +13,17 @@ from stat import S_ISDIR, filemode
 
 from router.links.address import Address, this_host_id
 from router.links.base import LinkLost
-from router.links.handshake import DEADLINE_S, check_identity, greet_as_listener
+from router.links.handshake import check_identity, greet_as_listener
 from router.links.stream import StreamLink
 from router.links.wire import MAX_FRAME_BYTES
 
 _MAX_UNIX_PATH_BYTES = 107  # sockaddr_un holds 108, one of them a zero
-_MAX_HANDSHAKES = 64  # at once; further connections wait in the system's backlog
-_BACKLOG = 128
-_PAUSE_S = 0.1  # before accepting again when the system is out of descriptors
+# Idle strangers make others wait until their handshakes are over. That must be sooner than those give up (an
+# engine: after 2 s), and happen only once: so there are places for all that the backlog holds.
+_HANDSHAKE_DEADLINE_S = 1.0
+_MAX_HANDSHAKES = 128  # at once on each socket; further connections wait in the system's backlog
+_BACKLOG = 64
+_PAUSE_S = 0.1  # before accepting again when the system is out of descriptors or threads
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +32,8 @@ class Listener:
     """Accepts authenticated links on a Unix socket and on a TCP port.
 
     Each handshake has a thread and a deadline of its own, so a silent or hostile stranger delays nobody. But
-    threads are bounded: 64 strangers at once delay everybody who comes after them, by that deadline at most.
+    threads are bounded, on each socket by itself: 128 strangers at once, on TCP, delay those who come after
+    them on TCP, by that deadline. The Unix socket is in a folder that only this user may enter.
     """
 
     def __init__(
@@ -39,7 +43,7 @@ class Listener:
         directory: Path,
         host: str,
         *,
-        handshake_deadline_s: float = DEADLINE_S,
+        handshake_deadline_s: float = _HANDSHAKE_DEADLINE_S,
         max_frame_bytes: int = MAX_FRAME_BYTES,
     ) -> None:
         """Listen at once. `directory` is for the Unix socket; `host` is the name others reach this host by.
@@ -71,12 +75,15 @@ class Listener:
         self._closing = threading.Event()
         self._greeting: set[socket.socket] = set()
         self._accepted: deque[StreamLink] = deque()
-        self._free_threads = threading.BoundedSemaphore(_MAX_HANDSHAKES)
         # Carries a byte for each link in `_accepted`, so that a selector can wait for them.
         self._ready, self._announce = socket.socketpair()
         self._stop, self._stopped = socket.socketpair()
-        self._thread = threading.Thread(target=self._listen, name=f"listener {name}", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._listen, args=(server,), name=f"listener {name}", daemon=True)
+            for server in (self._tcp, self._unix)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def address(self) -> Address:
@@ -106,7 +113,8 @@ class Listener:
             self._closing.set()
             for sock in (self._stop, self._announce, *self._greeting):
                 _shut_down(sock)
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         # `_ready` stays open: reading its end of file is how `accept` learns that this listener is closed.
         for sock in (self._tcp, self._unix, self._stop, self._stopped):
             sock.close()
@@ -114,35 +122,43 @@ class Listener:
         while self._accepted:
             self._accepted.popleft().close()
 
-    def _listen(self) -> None:
+    def _listen(self, server: socket.socket) -> None:
+        places = threading.BoundedSemaphore(_MAX_HANDSHAKES)
+        server.setblocking(False)
         with selectors.DefaultSelector() as selector:
-            for sock in (self._stopped, self._tcp, self._unix):
-                sock.setblocking(False)
-                selector.register(sock, selectors.EVENT_READ)
+            selector.register(self._stopped, selectors.EVENT_READ)
+            selector.register(server, selectors.EVENT_READ)
             while not self._closing.is_set():
-                for key, _ in selector.select():
-                    if isinstance(key.fileobj, socket.socket) and key.fileobj is not self._stopped:
-                        self._admit(key.fileobj)
+                selector.select()
+                places.acquire()  # the handshakes' deadline bounds this wait
+                if not self._admit(server, places):
+                    places.release()
 
-    def _admit(self, server: socket.socket) -> None:
-        self._free_threads.acquire()  # the handshakes' deadline bounds this wait
+    def _admit(self, server: socket.socket, places: threading.BoundedSemaphore) -> bool:
+        """Accept a connection and start its handshake, which frees its place; return whether it began."""
+        sock = None
         try:
             sock, _ = server.accept()
-        except BlockingIOError:  # the stranger is gone already
-            self._free_threads.release()
-            return
-        except OSError as error:
-            self._free_threads.release()
-            _log.error("listener %r cannot accept a connection: %s", self._name, error)
-            self._closing.wait(_PAUSE_S)
-            return
-        with self._lock:
-            self._greeting.add(sock)
-        threading.Thread(
-            target=self._greet, args=(sock,), name=f"handshake {self._name}", daemon=True
-        ).start()
+            thread = threading.Thread(
+                target=self._greet, args=(sock, places), name=f"handshake {self._name}", daemon=True
+            )
+            with self._lock:
+                if self._closing.is_set():
+                    raise LinkLost("the listener was closed")
+                thread.start()
+                self._greeting.add(sock)
+            return True
+        except BlockingIOError:  # the stranger is gone already, or it was the end that woke us
+            return False
+        except (OSError, RuntimeError) as error:  # RuntimeError: the system has no thread for us
+            if sock:
+                sock.close()
+            if not self._closing.is_set():
+                _log.error("listener %r cannot accept a connection: %s", self._name, error)
+                self._closing.wait(_PAUSE_S)
+            return False
 
-    def _greet(self, sock: socket.socket) -> None:
+    def _greet(self, sock: socket.socket, places: threading.BoundedSemaphore) -> None:
         try:
             peer = greet_as_listener(sock, self._secret, self._name, self._handshake_deadline_s)
             link = StreamLink(sock, peer, max_frame_bytes=self._max_frame_bytes)
@@ -158,7 +174,7 @@ class Listener:
         finally:
             with self._lock:
                 self._greeting.discard(sock)
-            self._free_threads.release()
+            places.release()
 
 
 def _check_private(directory: Path) -> None:

@@ -142,7 +142,10 @@ class StreamLink:
         if end > self._buffer.nbytes:
             # A new one: whoever still holds views of the last frame keeps the old one alive. Mapped, so that
             # what a peer announces takes no memory before it arrives.
-            self._buffer = memoryview(mmap.mmap(-1, end))
+            try:
+                self._buffer = memoryview(mmap.mmap(-1, end))
+            except OSError as error:
+                raise self._lost(f"no memory for a frame of {header.body_bytes} bytes: {error}") from error
         return self._buffer[start:end]
 
     def _wait(self, event: int, timeout_s: float | None) -> None:

@@ -16,6 +16,7 @@ from router.links.listener import Listener
 from router.links.pool import LinkPool
 from router.links.stream import connect
 from router.placement import Group, Placement
+from router.pushed_placements import PushedPlacements
 from shards.expert_service import ExpertService
 from shards.expert_store import NotHeld
 
@@ -77,27 +78,11 @@ class ServedGroup:
         self.service.stop()
 
 
-class PushedPlacements:
-    """The dispatcher's `Placements`, with `push` for the router's side."""
-
-    def __init__(self, *groups: Group) -> None:
-        self._changed = threading.Condition()
-        self._newest = Placement(1, groups)
-        self.someone_waits = threading.Event()
-
-    def current(self) -> Placement:
-        return self._newest
-
-    def push(self, *groups: Group) -> None:
-        with self._changed:
-            self._newest = Placement(self._newest.epoch + 1, groups)
-            self._changed.notify_all()
-
-    def wait_newer(self, epoch: int, timeout_s: float) -> Placement:
-        with self._changed:
-            self.someone_waits.set()
-            self._changed.wait_for(lambda: self._newest.epoch > epoch, timeout_s)
-            return self._newest
+def placed(*groups: Group) -> PushedPlacements:
+    """Return the placements of a router that has published these groups, under epoch 1."""
+    placements = PushedPlacements()
+    placements.push(Placement(1, groups))
+    return placements
 
 
 def open_link(address: str) -> Link:

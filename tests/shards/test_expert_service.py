@@ -17,13 +17,14 @@ from router.links.base import Dtype, Frame, Kind, LinkLost
 from router.links.listener import Listener
 from router.links.rows import frame_of, rows_of
 from router.links.stream import StreamLink, connect
-from router.links.wire import encode
+from router.links.wire import MAX_FRAME_BYTES, encode
 from shards.config import ModelConfig
 from shards.expert_service import ExpertService
 from shards.expert_store import NotHeld
 from shards.kernels.cpu import pack
 from shards.layers.mlp import GatedMlp
 from shards.weights_wire import fetch_frame, receive_mlp
+from tests.router.links.hostile_bytes import announced
 
 SECRET = b"one cluster's secret"
 HIDDEN_SIZE = 8
@@ -62,9 +63,9 @@ class ScalingStore:
 
 
 class Served:
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
         self.store = ScalingStore()
-        self._listener = Listener(SECRET, "group", directory, "127.0.0.1")
+        self._listener = Listener(SECRET, "group", directory, "127.0.0.1", max_frame_bytes=max_frame_bytes)
         self.service = ExpertService(self.store, self._listener, HIDDEN_SIZE)
         self.service.start()
 
@@ -222,6 +223,16 @@ def test_bytes_that_are_no_frame_cost_only_the_link_they_came_on(served: Served)
     with pytest.raises(LinkLost):
         broken.receive(5)
     assert_serves(bystander)
+
+
+def test_a_frame_for_which_there_is_no_memory_costs_only_the_link_it_came_on(tmp_path: Path):
+    served = Served(tmp_path, max_frame_bytes=1 << 60)
+    bystander, greedy = served.link("bystander"), served.link("greedy")
+    os.write(greedy.fileno(), announced(num_rows=1 << 30, row_bytes=1 << 20))
+    with pytest.raises(LinkLost):
+        greedy.receive(5)
+    assert_serves(bystander)
+    served.service.stop()
 
 
 def test_an_engine_that_stalls_in_the_middle_of_a_frame_delays_nobody(served: Served):

@@ -1,5 +1,6 @@
 """Listening and connecting, with the strangers that come along."""
 
+import contextlib
 import dataclasses
 import os
 import select
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.actors.rank import CONNECT_TIMEOUT_S
 from router.links.address import Address
 from router.links.base import Frame, Kind, LinkLost
 from router.links.listener import Listener
@@ -89,14 +91,51 @@ def test_a_silent_stranger_is_closed_at_the_deadline(tmp_path: Path):
     listener.close()
 
 
-def test_a_flood_of_strangers_delays_a_link_by_no_more_than_their_deadline(tmp_path: Path):
-    listener = Listener(SECRET, "group", tmp_path, "127.0.0.1", handshake_deadline_s=0.3)
+@contextlib.contextmanager
+def flood_of_strangers(listener: Listener) -> Iterator[None]:
+    """Have more idle connections on TCP than there are handshakes at once."""
     address = (listener.address.tcp_host, listener.address.tcp_port)
-    strangers = [socket.create_connection(address) for _ in range(100)]
-    assert connect(elsewhere(listener.address), SECRET, "engine", timeout_s=5).peer == "group"
-    for stranger in strangers:
-        stranger.close()
-    listener.close()
+    with contextlib.ExitStack() as strangers:
+        for _ in range(180):
+            strangers.enter_context(socket.create_connection(address))
+        yield
+
+
+def test_an_engine_on_another_host_gets_its_link_in_time_in_a_flood_of_strangers(tmp_path: Path):
+    with (
+        contextlib.closing(Listener(SECRET, "group", tmp_path, "127.0.0.1")) as listener,
+        flood_of_strangers(listener),
+    ):
+        assert connect(elsewhere(listener.address), SECRET, "engine", CONNECT_TIMEOUT_S).peer == "group"
+
+
+def test_a_flood_of_strangers_delays_no_engine_on_this_host(tmp_path: Path):
+    with (
+        contextlib.closing(
+            Listener(SECRET, "group", tmp_path, "127.0.0.1", handshake_deadline_s=3600)
+        ) as listener,
+        flood_of_strangers(listener),
+    ):
+        assert connect(listener.address, SECRET, "engine", CONNECT_TIMEOUT_S).peer == "group"
+
+
+def test_a_listener_outlives_that_the_system_has_no_thread_for_a_handshake(
+    listener: Listener, monkeypatch: pytest.MonkeyPatch, caplog
+):
+    start, refused = threading.Thread.start, []
+
+    def start_later(thread: threading.Thread) -> None:
+        if thread.name.startswith("handshake") and not refused:
+            refused.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_later)
+    with pytest.raises(LinkLost):
+        connect(listener.address, SECRET, "early")
+    connect(listener.address, SECRET, "late")
+    assert listener.accept(5).peer == "late"
+    assert "listener 'group 0' cannot accept a connection: can't start new thread" in caplog.text
 
 
 def test_a_selector_sees_that_a_link_waits(listener: Listener):

@@ -11,19 +11,11 @@ from hypothesis import strategies as st
 from router.links.base import Dtype, Frame, Kind, LinkLost
 from router.links.stream import StreamLink
 from router.links.wire import encode
+from tests.router.links.hostile_bytes import announced
+from tests.router.links.link_pairs import tcp_sockets, unix_sockets
 
 
-def unix_pair() -> tuple[socket.socket, socket.socket]:
-    return socket.socketpair()
-
-
-def tcp_pair() -> tuple[socket.socket, socket.socket]:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        connecting = socket.create_connection(server.getsockname())
-        return connecting, server.accept()[0]
-
-
-@pytest.fixture(params=[unix_pair, tcp_pair])
+@pytest.fixture(params=[unix_sockets, tcp_sockets])
 def links(request: pytest.FixtureRequest) -> Iterator[tuple[StreamLink, StreamLink]]:
     left, right = (StreamLink(sock, name) for sock, name in zip(request.param(), "ab", strict=True))
     yield left, right
@@ -31,7 +23,7 @@ def links(request: pytest.FixtureRequest) -> Iterator[tuple[StreamLink, StreamLi
     right.close()
 
 
-@pytest.fixture(params=[unix_pair, tcp_pair])
+@pytest.fixture(params=[unix_sockets, tcp_sockets])
 def raw_and_link(request: pytest.FixtureRequest) -> Iterator[tuple[socket.socket, StreamLink]]:
     """A link and, at its other end, a socket to misbehave with."""
     raw, sock = request.param()
@@ -46,7 +38,7 @@ def rows_frame(data: bytes, num_rows: int = 1, sequence: int = 0) -> Frame:
 
 
 def test_more_posted_frames_than_one_system_call_takes_arrive_in_order():
-    left, right = (StreamLink(sock, "peer") for sock in unix_pair())
+    left, right = (StreamLink(sock, "peer") for sock in unix_sockets())
     left.post(rows_frame(bytes(1_000_000), sequence=0))
     for sequence in range(1, 1000):
         left.post(Frame(Kind.TOKENS, sequence, meta=b"x"))
@@ -96,7 +88,7 @@ def test_a_trickle_of_bytes_does_not_stretch_the_timeout(raw_and_link):
 
 
 def test_a_peer_that_takes_nothing_is_a_loss():
-    sock, other = unix_pair()
+    sock, other = unix_sockets()
     with other:
         link = StreamLink(sock, "stuck", send_timeout_s=0.05)
         with pytest.raises(LinkLost, match="'stuck' is lost: the peer took too long"):
@@ -106,7 +98,7 @@ def test_a_peer_that_takes_nothing_is_a_loss():
 @settings(max_examples=50, deadline=None)
 @given(st.binary(min_size=1, max_size=200))
 def test_random_bytes_are_a_loss_or_a_wait_and_nothing_else(data: bytes):
-    sock, other = unix_pair()
+    sock, other = unix_sockets()
     link = StreamLink(sock, "stranger", max_frame_bytes=1000)
     with other:
         other.sendall(data)
@@ -114,8 +106,20 @@ def test_random_bytes_are_a_loss_or_a_wait_and_nothing_else(data: bytes):
         link.receive(5)
 
 
+def test_a_frame_for_which_there_is_no_memory_is_a_loss():
+    sock, other = unix_sockets()
+    link = StreamLink(sock, "greedy", max_frame_bytes=1 << 60)
+    with other:
+        other.sendall(announced(num_rows=1 << 30, row_bytes=1 << 20))
+        with pytest.raises(
+            LinkLost, match="'greedy' is lost: no memory for a frame of 1125899906842624 bytes"
+        ):
+            link.receive(5)
+    assert link.fileno() == -1
+
+
 def test_tcp_links_send_small_frames_at_once():
-    left, right = tcp_pair()
+    left, right = tcp_sockets()
     with right:
         link = StreamLink(left, "peer")
         assert left.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
