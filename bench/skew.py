@@ -26,7 +26,7 @@ from about import describe_run
 from numpy.typing import NDArray
 from torch import Tensor
 
-from router.controller import Controller, Policy
+from router.controller import Controller
 from router.dispatch import Dispatcher
 from router.epochs import Epochs
 from router.group_state import GroupState, Slot, Wish
@@ -36,6 +36,7 @@ from router.links.listener import Listener
 from router.links.pool import LinkPool
 from router.links.stream import connect
 from router.placement import Placement
+from router.policy import Policy
 from router.split import rows_per_group
 from shards.expert_service import ExpertService
 from shards.expert_store import NotHeld

@@ -35,7 +35,11 @@ class Epochs:
         self._highest = max(self._highest, epoch)
 
     def publish(self, groups: tuple[Group, ...]) -> None:
-        """Publish these groups under a new epoch, unless they are what everyone has already."""
+        """Publish these groups under a new epoch, unless they are what everyone has already.
+
+        Takes back what `fail` has said.
+        """
+        self._failure = None
         if groups == self._newest.groups and self._newest.epoch >= max(self._highest, 1):
             return
         self._highest += 1

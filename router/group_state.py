@@ -29,3 +29,5 @@ class GroupState:
     busy_s: float  # spent computing since it started
     wish: Wish
     is_leaving: bool = False  # its system (SIGTERM) or a router wants it to end; it serves until it is let go
+    failure: str | None = None  # why something that it was told to stage is not there
+    number: int = 0  # counts its answers: of two, the one with the higher number was given later

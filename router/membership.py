@@ -1,9 +1,13 @@
 """Which expert groups there are, and what is believed about each."""
 
+import logging
 from dataclasses import dataclass, field
 from enum import Enum
 
+from router.backoff import pause_s
 from router.group_state import GroupState, Slot
+
+_log = logging.getLogger(__name__)
 
 _SMOOTHING = 0.2  # weight of the newest answer in what is believed of a group's load
 
@@ -39,6 +43,8 @@ class Member:
     is_found: bool = False  # another router has started it
     busy: float = 0.0  # share of its time that it computes, smoothed
     freed: set[Slot] = field(default_factory=set)  # told to free them; it has not confirmed that yet
+    num_retries: int = 0  # orders to stage after a failure, since something was staged
+    stage_after: float = 0.0  # no such order before
 
     @property
     def held(self) -> frozenset[Slot]:
@@ -48,6 +54,12 @@ class Member:
     @property
     def staging(self) -> frozenset[Slot]:
         return self.state.staging if self.state else frozenset()
+
+    def told_to_stage(self, now_s: float) -> None:
+        """Note an order to stage; if the last one failed, the next has to wait, for longer and longer."""
+        if self.state and self.state.failure:
+            self.num_retries += 1
+            self.stage_after = now_s + pause_s(self.num_retries)
 
 
 class Membership:
@@ -64,32 +76,32 @@ class Membership:
         """Note that a group was started, or found."""
         self._members[name] = Member(name, now_s, is_found=is_found)
 
-    def heard(self, state: GroupState, now_s: float) -> None:
-        """Note a group's answer; if it was let go, ignore it."""
+    def heard(self, state: GroupState, now_s: float) -> bool:
+        """Note a group's answer; return whether it tells more than that the group lives, and how busy it is.
+
+        An answer of a group that was let go is ignored, and one that a later answer has overtaken.
+        """
         member = self._members.get(state.name)
-        if member is None:
-            return
-        if member.state and now_s > member.heard_at:
-            share = (state.busy_s - member.state.busy_s) / (now_s - member.heard_at)
+        if member is None or (member.state and state.number < member.state.number):
+            return False
+        known = member.state
+        is_news = (
+            known is None
+            or self.standing(member, now_s) is Standing.SUSPECT
+            or (known.held, known.staging, known.is_leaving, known.wish)
+            != (state.held, state.staging, state.is_leaving, state.wish)
+        )
+        if known and now_s > member.heard_at:
+            share = (state.busy_s - known.busy_s) / (now_s - member.heard_at)
             member.busy += _SMOOTHING * (share - member.busy)
+        if state.failure is None or (known and state.held - known.held):
+            member.num_retries = 0
+        if state.failure and (known is None or state.failure != known.failure):
+            _log.warning("%s can't stage: %s", state.name, state.failure)
         member.state, member.heard_at, member.is_doubted = state, now_s, False
         member.is_draining |= state.is_leaving
         member.freed &= state.held | state.staging
-
-    def is_news(self, state: GroupState, now_s: float) -> bool:
-        """Say whether this answer tells more than that a group lives, and how busy it is."""
-        member = self._members.get(state.name)
-        if member is None:
-            return False
-        known = member.state
-        if known is None or self.standing(member, now_s) is Standing.SUSPECT:
-            return True
-        return (known.held, known.staging, known.is_leaving, known.wish) != (
-            state.held,
-            state.staging,
-            state.is_leaving,
-            state.wish,
-        )
+        return is_news
 
     def is_starting(self, name: str) -> bool:
         return name in self._members and self._members[name].state is None

@@ -36,7 +36,7 @@ def published(live: Sequence[Member], target: Target) -> dict[str, frozenset[Slo
     return slots
 
 
-def stage_orders(live: Sequence[Member], target: Target) -> dict[str, tuple[StageOrder, ...]]:
+def stage_orders(live: Sequence[Member], target: Target, now_s: float) -> dict[str, tuple[StageOrder, ...]]:
     """Return what each group should be told to stage now, of what it should hold and does not.
 
     Weights come from a group that holds them, else from the checkpoint; while one group reads an expert,
@@ -56,6 +56,8 @@ def stage_orders(live: Sequence[Member], target: Target) -> dict[str, tuple[Stag
     }
     lacking: dict[Slot, list[Member]] = {}
     for member in live:
+        if now_s < member.stage_after:
+            continue
         for slot in _of(target, member) - member.held - member.staging - member.freed:
             lacking.setdefault(slot, []).append(member)
 

@@ -3,7 +3,6 @@
 import functools
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -61,10 +60,9 @@ class Stager:
         self._sequence = 0
         self._bytes_from_peers = 0
         self._bytes_from_checkpoint = 0
-        self._seconds = 0.0
-        self._last_failure: str | None = None
 
-        self._changed = threading.Condition()  # of the two below, and of the store where both must agree
+        self._changed = threading.Condition()  # of what is below, and of the store where both must agree
+        self._failures: dict[tuple[int, int], str] = {}  # of what was given up, until it is staged or freed
         self._pending: dict[tuple[int, int], _Request] = {}  # in order; the first is the one being read
         self._is_closing = False
         self._thread = threading.Thread(target=self._work, name="stager", daemon=True)
@@ -87,14 +85,10 @@ class Stager:
         return self._bytes_from_checkpoint
 
     @property
-    def seconds(self) -> float:
-        """How long experts were being read since the start."""
-        return self._seconds
-
-    @property
     def last_failure(self) -> str | None:
-        """Why the last expert that could not be staged was given up."""
-        return self._last_failure
+        """Why the last expert that could not be staged was given up; None once it was staged or freed."""
+        with self._changed:
+            return next(reversed(self._failures.values()), None)
 
     def stage(self, wanted: Iterable[tuple[int, int, str | None]]) -> None:
         """Fill slots with each (layer, expert, address) in order, unless it is held or pending; don't wait.
@@ -113,6 +107,7 @@ class Stager:
         with self._changed:
             for layer, expert in experts:
                 self._pending.pop((layer, expert), None)
+                self._failures.pop((layer, expert), None)
                 self._store.free(layer, expert)
 
     def close(self) -> None:
@@ -126,18 +121,19 @@ class Stager:
     def _work(self) -> None:
         step_back()
         while request := self._next():
-            started_s = time.perf_counter()
             try:
                 self._fill(request)
             except _Cancelled:
                 _log.info("layer %d expert %d is no longer wanted", request.layer, request.expert)
             except Exception as error:  # no memory, a broken disk, no free slot: whoever asked may ask again
-                self._last_failure = f"layer {request.layer} expert {request.expert}: {error}"
+                failure = f"layer {request.layer} expert {request.expert}: {error}"
                 is_explained = isinstance(error, ValueError)
-                _log.warning("can't be staged: %s", self._last_failure, exc_info=not is_explained)
+                _log.warning("can't be staged: %s", failure, exc_info=not is_explained)
                 with self._changed:
+                    if self._is_wanted(request):
+                        self._failures.pop((request.layer, request.expert), None)  # to be the last again
+                        self._failures[request.layer, request.expert] = failure
                     self._forget(request)
-            self._seconds += time.perf_counter() - started_s
         self._links.close()
 
     def _next(self) -> _Request | None:
@@ -156,6 +152,7 @@ class Stager:
         with self._changed:
             if self._is_wanted(request):
                 self._store.put(request.layer, request.expert, mlp)
+                self._failures.pop((request.layer, request.expert), None)
                 self._forget(request)
 
     def _load(self, request: _Request) -> GatedMlp:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 
+from cluster.actors.process_log import log_to_stderr
 from cluster.actors.reports import GroupReport, Process
 from cluster.metrics import ExpertMetrics
 from router.group_state import GroupState, Slot, Wish
@@ -29,6 +30,7 @@ class ExpertGroup:
     def __init__(
         self, model: str, name: str, checkpoint: str, num_slots: int, num_threads: int, secret: bytes
     ) -> None:
+        log_to_stderr()
         self._model = model
         self._name = name
         _import_torch()
@@ -38,6 +40,8 @@ class ExpertGroup:
         self._process = ExpertProcess.start(name, Path(checkpoint), num_slots, num_threads, secret)
         self._wish = Wish(0, 0)
         self._is_leaving = False
+        self._num_answers = 0
+        self._answering = threading.Lock()
         self._leave_on_sigterm()
         threading.Thread(target=self._tick, name="lease", daemon=True).start()
 
@@ -71,20 +75,24 @@ class ExpertGroup:
 
     def _state(self) -> GroupState:
         stager, service = self._process.stager, self._process.service
-        staging = (
-            stager.pending
-        )  # before `held`: what moves from here to there meanwhile must be in one of them
-        return GroupState(
-            name=self._name,
-            address=self._process.address,
-            num_slots=self._process.store.num_slots,
-            held=(held := frozenset(self._process.store.held)),
-            staging=staging - held,
-            staged_bytes=stager.bytes_from_peers + stager.bytes_from_checkpoint,
-            busy_s=service.busy_s,
-            wish=self._wish,
-            is_leaving=self._is_leaving,
-        )
+        with self._answering:  # calls run side by side, and a higher number says what is newer
+            self._num_answers += 1
+            # Before `held`: what moves from here to there meanwhile must be in one of them.
+            staging = stager.pending
+            held = frozenset(self._process.store.held)
+            return GroupState(
+                name=self._name,
+                address=self._process.address,
+                num_slots=self._process.store.num_slots,
+                held=held,
+                staging=staging - held,
+                staged_bytes=stager.bytes_from_peers + stager.bytes_from_checkpoint,
+                busy_s=service.busy_s,
+                wish=self._wish,
+                is_leaving=self._is_leaving,
+                failure=stager.last_failure,
+                number=self._num_answers,
+            )
 
     def _rows_by_expert(self) -> dict[int, int]:
         rows: dict[int, int] = {}

@@ -9,7 +9,13 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, RayError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnschedulableError,
+    OutOfMemoryError,
+    RayError,
+    RuntimeEnvSetupError,
+)
 
 from cluster.metrics import RouterMetrics
 from router.controller import Controller, Orders
@@ -22,6 +28,8 @@ HEARTBEAT_S = 0.25
 TICK_S = 0.25  # how long nothing may happen before the controller is asked again
 FIRST_ROUND_S = 2.0  # for groups of an earlier router to answer, before anything is decided
 METRICS_PERIOD_S = 1.0
+# What calls to a dead actor raise, by what it died of; OutOfMemoryError is Ray's memory monitor.
+DEAD = (ActorDiedError, OutOfMemoryError, RuntimeEnvSetupError, ActorUnschedulableError)
 
 
 class GroupKeeper:
@@ -111,10 +119,11 @@ class GroupKeeper:
         self._handles[name] = handle
         self._spawn(self._listen(name, handle))
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)  # the loop itself would forget it
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _order(self, name: str, handle: ActorHandle, call: "ray.ObjectRef") -> None:
         """Take the answer to an order; if there is none, the heartbeats know why."""
@@ -122,27 +131,28 @@ class GroupKeeper:
             self._heard(name, handle, await _answer(call))
 
     async def _listen(self, name: str, handle: ActorHandle) -> None:
-        link: Link | None = None
+        link: asyncio.Task[None] | None = None
+        over = asyncio.Event()  # that link, or its need
         try:
             while self._is_kept(name, handle):
                 asked_at = time.monotonic()
                 try:
                     is_draining = self.controller.is_draining(name)
                     state = await _answer(handle.state.remote(self.controller.wish, is_draining))
-                except ActorDiedError as error:
+                except DEAD as error:
                     self._lose(name, handle, error)
                     return
                 except RayError as error:
                     logger.warning("%s did not answer: %s", name, error)
                 else:
                     self._heard(name, handle, state)
-                    if link is None or link.fileno() < 0:
-                        link = await self._link(name, state.address)
+                    # In a task of its own: opening it may take seconds, in which heartbeats go on.
+                    if link is None or link.done():
+                        over = asyncio.Event()
+                        link = self._spawn(self._hold_link(name, handle, state.address, over))
                 await asyncio.sleep(max(0.0, asked_at + HEARTBEAT_S - time.monotonic()))
         finally:
-            if link and link.fileno() >= 0:
-                asyncio.get_running_loop().remove_reader(link.fileno())
-                link.close()
+            over.set()
 
     def _is_kept(self, name: str, handle: ActorHandle) -> bool:
         """Say whether this is the process of that name; another one may have taken its place."""
@@ -165,24 +175,23 @@ class GroupKeeper:
             self.controller.lost(name, str(error), time.monotonic())
             self.wake()
 
-    async def _link(self, name: str, address: str) -> Link | None:
-        """Open the link whose end tells of the group's; None if that is not possible now."""
+    async def _hold_link(self, name: str, handle: ActorHandle, address: str, over: asyncio.Event) -> None:
+        """Hold the link whose end tells of the group's, until `over`; return if none can be opened now."""
         try:
             link = await asyncio.to_thread(self._connect, address)
         except LinkLost as error:
             logger.info("no link to %s: %s", name, error)
-            return None
-
+            return
         number, loop = link.fileno(), asyncio.get_running_loop()
-
-        def ended() -> None:  # a group sends nothing over it, but the end of file
+        loop.add_reader(number, over.set)  # a group sends nothing over it, but the end of file
+        try:
+            await over.wait()
+        finally:
             loop.remove_reader(number)
             link.close()
+        if self._is_kept(name, handle):
             self.controller.doubt(name)
             self.wake()
-
-        loop.add_reader(number, ended)
-        return link
 
     def _count(self, now: float) -> None:
         """Bring the metrics up to date."""

@@ -18,16 +18,18 @@ from ray.actor import ActorHandle
 
 from cluster.actors.expert_group import ExpertGroup
 from cluster.actors.group_keeper import GroupKeeper
+from cluster.actors.process_log import log_to_stderr
 from cluster.actors.reports import EngineReport, ModelReport, Process
 from cluster.metrics import RouterMetrics
 from cluster.settings import ModelSettings
 from router.autoscale import AutoscalePolicy
-from router.controller import Controller, Policy, Progress
+from router.controller import Controller, Progress
 from router.epochs import Epochs
 from router.links.address import Address
 from router.links.base import Link
 from router.links.stream import connect
 from router.placement import Placement
+from router.policy import Policy
 from shards.config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ class Router:
     """
 
     def __init__(self, app: str, model: ModelSettings, checkpoint: str, secret: bytes) -> None:
+        log_to_stderr()
         self._model = model
         self._checkpoint = checkpoint
         self._secret = secret
@@ -76,7 +79,7 @@ class Router:
         return await self._on_loop(self._report())
 
     async def scale(self, num_groups: int) -> Progress:
-        """Wish for another number of expert groups. Raises ValueError if they are too few."""
+        """Wish for another number of expert groups. Raises ValueError if they are too few, or too many."""
         return await self._on_loop(self._command(lambda controller: controller.scale(num_groups)))
 
     async def drain(self, group: str) -> Progress:
@@ -135,9 +138,15 @@ class Router:
         return connect(Address.parse(address), self._secret, f"{self._model.name}/router")
 
     async def _note(self, report: EngineReport, load_LE: NDArray[np.int64] | None) -> None:
-        self._engines[report.process.name] = (time.monotonic(), report)
+        now = time.monotonic()
+        self._engines[report.process.name] = (now, report)
+        self._engines = {
+            name: (seen_at, its)
+            for name, (seen_at, its) in self._engines.items()
+            if now - seen_at < ENGINE_REPORT_TTL_S
+        }
         if self._keeper and load_LE is not None:
-            self._keeper.controller.saw_engine(report.process.name, report.epoch, load_LE, time.monotonic())
+            self._keeper.controller.saw_engine(report.process.name, report.epoch, load_LE, now)
 
     async def _command(self, change: Callable[[Controller], None]) -> Progress:
         if self._keeper is None:
@@ -170,7 +179,7 @@ def _autoscale_policy(model: ModelSettings) -> AutoscalePolicy | None:
     if model.max_expert_groups is None:
         return None
     return AutoscalePolicy(
-        min_groups=model.min_expert_groups or 1,
+        min_groups=model.min_expert_groups or model.expert_replicas,
         max_groups=model.max_expert_groups,
         target_busy=model.expert_busy,
     )

@@ -13,6 +13,8 @@ def in_words(progress: Mapping[str, Any]) -> str:
         parts.append(f"{counted(missing, 'copy', 'copies')} to go")
     if lost := progress["lost_experts"]:  # a draining group may have them still
         parts.append(f"{counted(lost, 'expert')} in no live group")
+    if failure := progress.get("failure"):
+        parts.append(f"but {failure}")
     return ", ".join(parts)
 
 

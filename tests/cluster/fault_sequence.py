@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from cluster.engine.request import GenerationRequest
-from router.controller import Patience, Policy
 from router.links.address import Address
 from router.links.base import Frame, Kind
 from router.links.stream import connect
+from router.membership import Patience
+from router.policy import Policy
 from tests.cluster.belongings import Belongings
 from tests.cluster.live_engine import Answer
 from tests.cluster.live_fleet import Hang, LiveFleet
@@ -27,7 +28,6 @@ from tests.cluster.workload import Workload
 
 DEADLINE_S = 20.0  # of a sequence
 CLOSING_S = 10.0
-MOST_GROUPS = 5
 MOST_ENGINE_DEATHS = 3  # the journal gives up a request that more engines in a row do not survive
 WEIGHTS = {
     "kill group": 6,
@@ -197,7 +197,7 @@ class _Sequence:
                 self._note(kind)
                 router.restart()
             case "scale":
-                num_groups = draw.randint(self._policy.smallest_num_groups, MOST_GROUPS)
+                num_groups = draw.randint(self._policy.smallest_num_groups, self._policy.largest_num_groups)
                 self._note(f"scale to {num_groups}")
                 router.do(lambda controller, epochs: controller.scale(num_groups))
             case "drain" if group and draw.random() < 0.3:

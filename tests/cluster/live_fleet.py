@@ -9,8 +9,9 @@ from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
-from router.controller import Controller, Policy
+from router.controller import Controller
 from router.epochs import Epochs
+from router.policy import Policy
 from tests.cluster.live_engine import LiveEngine, LiveEngines, LiveGateway
 from tests.cluster.live_group import LiveGroup
 from tests.cluster.live_router import LiveRouter

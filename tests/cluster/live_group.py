@@ -101,6 +101,8 @@ class LiveGroup:
         self.service.start()
         self._wish = Wish(0, 0)
         self._is_leaving = False
+        self._num_answers = 0
+        self._answering = threading.Lock()
         self._calls = ThreadPoolExecutor(2, f"calls of {name}")
 
     @property
@@ -180,19 +182,23 @@ class LiveGroup:
             return dead
 
     def _state(self) -> GroupState:
-        staging = self.stager.pending  # before `held`, as ExpertGroup does
-        held = frozenset(self.store.held)
-        return GroupState(
-            self.name,
-            self.address,
-            self.store.num_slots,
-            held,
-            staging - held,
-            self.stager.bytes_from_peers + self.stager.bytes_from_checkpoint,
-            self.service.busy_s,
-            self._wish,
-            self._is_leaving,
-        )
+        with self._answering:
+            self._num_answers += 1
+            staging = self.stager.pending  # before `held`, as ExpertGroup does
+            held = frozenset(self.store.held)
+            return GroupState(
+                self.name,
+                self.address,
+                self.store.num_slots,
+                held,
+                staging - held,
+                self.stager.bytes_from_peers + self.stager.bytes_from_checkpoint,
+                self.service.busy_s,
+                self._wish,
+                self._is_leaving,
+                self.stager.last_failure,
+                self._num_answers,
+            )
 
     def _connect(self, address: str) -> Link:
         self.gate.go_through()

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from router.controller import Controller, Orders, Policy
+from router.controller import Controller, Orders
 from router.epochs import Epochs
 from router.group_state import GroupState
 from router.links.address import Address
 from router.links.base import LinkLost
 from router.links.stream import StreamLink, connect
+from router.policy import Policy
 from tests.cluster.live_engine import EngineKilled, LiveEngines
 from tests.cluster.live_group import CONNECT_TIMEOUT_S, SECRET, LiveGroup
 

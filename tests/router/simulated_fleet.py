@@ -8,16 +8,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from router.autoscale import AutoscalePolicy
-from router.controller import Controller, Policy
+from router.controller import Controller
 from router.epochs import Epochs
 from router.group_state import GroupState, Slot, Wish
 from router.placement import Placement
+from router.policy import Policy
 
 STEP_S = 0.25
 NUM_LAYERS, NUM_EXPERTS = 2, 4
 ALL = frozenset((layer, expert) for layer in range(NUM_LAYERS) for expert in range(NUM_EXPERTS))
-START_STEPS = 3
-STAGED_PER_STEP = 2
 SPARE_SLOTS = 2
 PREFIX = "model/"
 
@@ -29,19 +28,27 @@ class SimulatedGroup:
     name: str
     process: int
     num_slots: int
-    steps_to_start: int = START_STEPS
+    steps_to_start: int
     held: set[Slot] = field(default_factory=set)
     queue: dict[Slot, str | None] = field(default_factory=dict)  # what is being staged, and from where
     wish: Wish = field(default_factory=lambda: Wish(0, 0))
     busy_s: float = 0.0
     is_silent: bool = False  # stopped, or cut off from the router
     is_leaving: bool = False
+    failure: str | None = None
+    num_orders: int = 0  # to stage
+    num_answers: int = 0
 
     @property
     def address(self) -> str:
         return f"{self.name}#{self.process}"
 
+    @property
+    def answers(self) -> bool:
+        return not self.is_silent and not self.steps_to_start
+
     def state(self) -> GroupState:
+        self.num_answers += 1
         return GroupState(
             self.name,
             self.address,
@@ -52,6 +59,8 @@ class SimulatedGroup:
             busy_s=self.busy_s,
             wish=self.wish,
             is_leaving=self.is_leaving,
+            failure=self.failure,
+            number=self.num_answers,
         )
 
 
@@ -77,6 +86,10 @@ class Fleet:
         self.policy = Policy(
             NUM_LAYERS, NUM_EXPERTS, num_groups, slots_per_layer, min_replicas, autoscale=autoscale
         )
+        self.start_steps = 3  # until a new process answers
+        self.staged_per_step = 2
+        self.unreadable: set[Slot] = set()  # in the checkpoint
+        self.deaf_steps = 0  # for which the router hears no group
         self.work = 0.0  # in groups that compute all the time
         self.now_s = 0.0
         self.num_started = 0
@@ -92,13 +105,14 @@ class Fleet:
     def placement(self) -> Placement:
         return self.epochs.newest
 
-    def new_router(self) -> None:
-        """Kill the router, if there is one; another one finds the groups."""
+    def new_router(self, deaf_steps: int = 0) -> None:
+        """Kill the router, if there is one; another one finds the groups, and hears nobody for a while."""
+        self.deaf_steps = deaf_steps
         self.epochs = Epochs()
         self.controller = Controller(self.policy, self.epochs, PREFIX, self.now_s)
         for group in self.groups.values():
             self.controller.found(group.name, self.now_s)
-            if not group.is_silent and not group.steps_to_start:
+            if group.answers and not deaf_steps:
                 self.controller.heard(group.state(), self.now_s)
 
     def kill(self, name: str, is_known: bool = True) -> None:
@@ -116,10 +130,11 @@ class Fleet:
             self.controller.lost(name, "killed", self.now_s)
         self.lost.clear()
         for group in self.groups.values():
-            if not group.is_silent and not group.steps_to_start:
+            if group.answers and not self.deaf_steps:
                 group.wish = max(group.wish, self.controller.wish, key=lambda wish: wish.number)
                 group.is_leaving |= self.controller.is_draining(group.name)
                 self.controller.heard(group.state(), self.now_s)
+        self.deaf_steps = max(0, self.deaf_steps - 1)
         for engine in self.engines:
             if not engine.is_stalled and self.placement.epoch > engine.placement.epoch:
                 engine.placement = self.placement
@@ -140,26 +155,34 @@ class Fleet:
             group.steps_to_start -= 1
             return
         group.busy_s += STEP_S * min(1.0, self.work / len(self.groups))
-        for slot in list(group.queue)[:STAGED_PER_STEP]:
+        for slot in list(group.queue)[: self.staged_per_step]:
             source = group.queue.pop(slot)
             giver = next((g for g in self.groups.values() if g.address == source), None)
             if giver and slot in giver.held and not giver.is_silent:
                 self.num_fetched += 1
+            elif slot in self.unreadable:
+                group.failure = f"layer {slot[0]} expert {slot[1]}: the disk is broken"
+                continue
             else:
                 self.num_read += 1
             group.held.add(slot)
+            group.failure = None
 
     def _carry_out(self) -> None:
         orders = self.controller.tick(self.now_s)
         for name in (*orders.kill, *orders.let_go):
-            self.groups.pop(name, None)
+            group = self.groups.pop(name, None)
+            is_known = group is not None and group.answers and group.num_answers
+            assert name in orders.let_go or not is_known, f"{name} answers, and is killed"
         for name in orders.start:
             assert name not in self.groups, f"{name} was started twice"
             num_slots = NUM_LAYERS * self.policy.slots_per_layer + SPARE_SLOTS
             self.num_started += 1
-            self.groups[name] = SimulatedGroup(name, self.num_started, num_slots)
+            self.groups[name] = SimulatedGroup(name, self.num_started, num_slots, self.start_steps)
         for name, stage in orders.stage.items():
             group = self.groups.get(name)
+            if group:
+                group.num_orders += 1
             for order in stage if group else ():
                 slot = order.layer, order.expert
                 if slot not in group.held and slot not in group.queue:
@@ -191,6 +214,6 @@ class Fleet:
         """An expert that somebody holds who lives and answers can be found in the table."""
         listed = {slot for group in self.placement.groups for slot in group.slots}
         for group in self.groups.values():
-            if not group.is_silent and not group.steps_to_start:
+            if group.answers:
                 missing = (group.held & ALL) - listed
                 assert not missing, f"{group.name} holds {missing}, but nobody is told"

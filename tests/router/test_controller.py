@@ -134,9 +134,22 @@ def test_a_group_that_is_not_needed_any_more_goes_only_when_others_hold_its_expe
 
 
 def test_too_few_groups_to_hold_every_expert_are_refused():
-    fleet = settled_fleet(num_groups=4, slots_per_layer=2)
+    fleet = settled_fleet(num_groups=4, slots_per_layer=2, min_replicas=1)
     with pytest.raises(ValueError, match="groups is 1, but with 2 slots for each layer it takes at least 2"):
         fleet.controller.scale(1)
+
+
+def test_too_few_groups_to_hold_every_replica_are_refused():
+    fleet = settled_fleet(num_groups=2, min_replicas=2)
+    with pytest.raises(ValueError, match="at least 2 groups to hold 4 experts, 2 replicas of each"):
+        fleet.controller.scale(1)
+
+
+def test_more_groups_than_experts_are_refused():
+    fleet = settled_fleet()
+    with pytest.raises(ValueError, match=r"groups is 4000, but there are only 4 experts .* 4 at most"):
+        fleet.controller.scale(4000)
+    fleet.controller.scale(4)
 
 
 def test_a_drained_group_is_replaced():
@@ -182,6 +195,69 @@ def test_a_new_router_remembers_how_many_groups_are_wished_for():
     fleet.new_router()
     fleet.settle()
     assert len(fleet.groups) == 3
+
+
+def test_a_new_router_ends_no_group_that_it_has_not_heard_yet():
+    fleet = settled_fleet(num_groups=2)
+    fleet.controller.scale(4)
+    fleet.settle()
+    fleet.new_router(deaf_steps=12)
+    for _ in range(12):
+        fleet.step()
+    assert len(fleet.groups) == 4
+    fleet.settle()
+    assert len(fleet.groups) == 4
+
+
+def test_a_new_router_frees_nothing_that_engines_ask_for_while_experts_are_missing():
+    fleet = Fleet(num_groups=3, slots_per_layer=2, min_replicas=1)
+    fleet.load_LE = np.array([[200, 200, 100, 100]] * NUM_LAYERS)  # even, on groups that hold these:
+    fleet.groups = {
+        name: SimulatedGroup(name, process, 6, 0, {slot for slot in ALL if slot[1] in experts})
+        for name, process, experts in (("model/0", 1, (0, 1)), ("model/1", 2, (0, 1)), ("model/2", 3, (2, 3)))
+    }
+    fleet.new_router()
+    fleet.settle()
+    fleet.step()  # so that the engines have it
+    fleet.kill("model/2")
+    fleet.new_router()
+    # One 0 and one 1 should make room for 2 and 3, which do not come for long.
+    fleet.start_steps, fleet.staged_per_step = 60, 0
+    for _ in range(round(10 / STEP_S)):  # `check` looks at every step
+        fleet.step()
+    fleet.staged_per_step = 2
+    fleet.settle()
+    assert set(replicas(fleet)) == ALL
+
+
+def test_a_new_router_tells_engines_what_is_left_before_every_expert_is_back():
+    fleet = settled_fleet(num_groups=2, slots_per_layer=2, min_replicas=1)
+    fleet.step()  # so that the engines have it
+    fleet.kill("model/0")
+    fleet.new_router()
+    fleet.staged_per_step = 0
+    fleet.step()
+    fleet.step()
+    assert [group.name for group in fleet.engines[0].placement.groups] == ["model/1"]
+
+
+def test_an_answer_that_a_later_one_has_overtaken_is_ignored():
+    fleet = settled_fleet()
+    group = fleet.groups["model/0"]
+    late = group.state()
+    group.held.remove((0, 0))
+    fleet.controller.heard(group.state(), fleet.now_s)
+    assert not fleet.controller.heard(late, fleet.now_s)
+    fleet.controller.tick(fleet.now_s)
+    assert replicas(fleet)[0, 0] == 1
+
+
+def test_a_group_counts_its_answers_from_the_start_when_another_process_takes_its_name():
+    fleet = settled_fleet()
+    for _ in range(round(10 / STEP_S)):
+        fleet.step()
+    fleet.kill("model/0")
+    fleet.settle(num_steps=round(10 / STEP_S))
 
 
 def test_a_new_router_goes_on_with_a_drain():
@@ -257,6 +333,64 @@ def test_a_steady_load_moves_nothing():
     assert fleet.num_read + fleet.num_fetched == copies
 
 
+def test_the_noise_of_a_small_load_moves_nothing():
+    rng = np.random.default_rng(1)
+    fleet = settled_fleet(num_groups=4, slots_per_layer=2, min_replicas=1)
+    copies = fleet.num_read + fleet.num_fetched
+    for _ in range(round(120 / STEP_S)):
+        fleet.load_LE = rng.multinomial(1, [1 / NUM_EXPERTS] * NUM_EXPERTS, NUM_LAYERS)
+        fleet.step()
+    assert fleet.num_read + fleet.num_fetched == copies
+
+
+def test_only_the_layer_that_is_out_of_balance_is_touched():
+    fleet = settled_fleet(num_groups=4, slots_per_layer=2, min_replicas=1)
+    before = {name: {slot for slot in group.held if slot[0] == 0} for name, group in fleet.groups.items()}
+    fleet.load_LE = np.array([[100, 100, 100, 130], [1000, 10, 10, 10]])
+    run_until(fleet, lambda: replicas(fleet)[1, 0] > 1)
+    fleet.settle()
+    after = {name: {slot for slot in group.held if slot[0] == 0} for name, group in fleet.groups.items()}
+    assert after == before
+
+
+def test_an_expert_that_can_not_be_staged_is_ordered_less_and_less_often_and_the_reason_is_told():
+    fleet = settled_fleet(num_groups=2, slots_per_layer=3, min_replicas=1)
+    lost = fleet.groups["model/0"].held - fleet.groups["model/1"].held
+    fleet.unreadable = {(0, min(expert for layer, expert in lost if layer == 0))}
+    fleet.kill("model/0")
+    for _ in range(round(120 / STEP_S)):
+        fleet.step()
+    assert sum(group.num_orders for group in fleet.groups.values()) < 40
+    progress = fleet.controller.progress(fleet.now_s)
+    assert (progress.missing_replicas, progress.lost_experts) == (1, 1)
+    assert "the disk is broken" in progress.failure
+    fleet.unreadable.clear()
+    fleet.settle()
+    assert fleet.controller.progress(fleet.now_s).failure is None
+
+
+def test_an_expert_that_can_not_be_staged_at_first_fails_the_deployment_with_the_reason():
+    fleet = Fleet(num_groups=2, min_replicas=2)
+    fleet.unreadable = {(1, 2)}
+    for _ in range(round(20 / STEP_S)):
+        fleet.step()
+    with pytest.raises(ValueError, match=r"can't stage layer 1 expert 2: the disk is broken"):
+        asyncio.run(fleet.epochs.after(0, timeout_s=0))
+    fleet.unreadable.clear()
+    fleet.settle()
+    assert asyncio.run(fleet.epochs.after(0, timeout_s=0)) == fleet.placement
+
+
+def test_groups_that_fail_to_start_together_are_one_failure():
+    fleet = Fleet(num_groups=4)
+    fleet.step()
+    for name in list(fleet.groups):
+        fleet.kill(name)
+        fleet.step()
+    assert asyncio.run(fleet.epochs.after(0, timeout_s=0)) is None
+    fleet.settle()
+
+
 def test_a_group_that_can_not_be_started_fails_the_deployment_with_the_reason():
     fleet = Fleet()
     for _ in range(40):
@@ -295,8 +429,8 @@ def test_starts_that_fail_are_tried_less_and_less_often():
 
 
 def test_the_number_of_groups_follows_the_load_and_comes_back():
-    fleet = settled_fleet(num_groups=2, autoscale=AutoscalePolicy(min_groups=2, max_groups=5))
-    for work, expected in ((2.0, 4), (0.2, 2)):
+    fleet = settled_fleet(num_groups=2, autoscale=AutoscalePolicy(min_groups=2, max_groups=4))
+    for work, expected in ((1.5, 3), (0.2, 2)):
         fleet.work = work
         for _ in range(round(120 / STEP_S)):
             fleet.step()
@@ -304,14 +438,37 @@ def test_the_number_of_groups_follows_the_load_and_comes_back():
         assert len(fleet.groups) == expected
 
 
+def test_the_number_of_groups_follows_the_load_only_down_to_what_the_experts_need():
+    autoscale = AutoscalePolicy(min_groups=1, max_groups=4)
+    fleet = settled_fleet(num_groups=4, slots_per_layer=2, min_replicas=1, autoscale=autoscale)
+    for _ in range(round(120 / STEP_S)):
+        fleet.step()
+    assert len(fleet.groups) == 2
+    fleet.kill("model/0")
+    fleet.settle()
+    assert set(replicas(fleet)) == ALL
+
+
+def test_the_load_is_not_followed_before_the_first_placement():
+    fleet = Fleet(num_groups=4, min_replicas=1, autoscale=AutoscalePolicy(min_groups=1, max_groups=4))
+    fleet.staged_per_step = 0
+    for _ in range(round(120 / STEP_S)):
+        fleet.step()
+    assert fleet.controller.wish.num_groups == 4
+
+
 def random_faults(seed: int) -> None:
     """Do something to the fleet every second or so, then stop and see whether it recovers."""
     rng = np.random.default_rng(seed)
+    slots_per_layer, min_replicas = int(rng.integers(2, NUM_EXPERTS + 1)), int(rng.integers(1, 3))
+    smallest = -(-NUM_EXPERTS * min_replicas // slots_per_layer)
     fleet = Fleet(
-        num_groups=int(rng.integers(2, 5)),
-        slots_per_layer=int(rng.integers(2, NUM_EXPERTS + 1)),
-        min_replicas=int(rng.integers(1, 3)),
+        num_groups=int(rng.integers(smallest, 5)),
+        slots_per_layer=slots_per_layer,
+        min_replicas=min_replicas,
+        autoscale=AutoscalePolicy(1, 4, up_after_s=2, down_after_s=5) if rng.random() < 0.3 else None,
     )
+    fleet.start_steps = int(rng.choice([3, 30]))
     fleet.settle()
 
     def some_group() -> str:
@@ -330,6 +487,8 @@ def random_faults(seed: int) -> None:
                 "rebalance",
                 "load",
                 "engine",
+                "work",
+                "slow disk",
             ]
         )
         if fault == "kill" and fleet.groups:
@@ -342,11 +501,11 @@ def random_faults(seed: int) -> None:
             for group in fleet.groups.values():
                 group.is_silent = False
         elif fault == "router":
-            fleet.new_router()
+            fleet.new_router(deaf_steps=int(rng.integers(0, 12)))
         elif fault == "scale":
-            fleet.controller.scale(int(rng.integers(fleet.policy.smallest_num_groups, 6)))
-        elif fault == "drain" and fleet.controller.names:
-            fleet.controller.drain(str(rng.choice(sorted(fleet.controller.names))))
+            fleet.controller.scale(int(rng.integers(smallest, NUM_EXPERTS + 1)))
+        elif fault == "drain" and fleet.groups:
+            fleet.controller.drain(some_group())
         elif fault == "rebalance":
             fleet.controller.rebalance()
         elif fault == "load":
@@ -354,24 +513,24 @@ def random_faults(seed: int) -> None:
         elif fault == "engine":
             engine = fleet.engines[int(rng.integers(2))]
             engine.is_stalled = not engine.is_stalled
+        elif fault == "work":
+            fleet.work = 3 * rng.random()
+        elif fault == "slow disk":
+            fleet.staged_per_step = 2 - fleet.staged_per_step
         for _ in range(int(rng.integers(1, 8))):
             fleet.step()
     for group in fleet.groups.values():
         group.is_silent = False
     for engine in fleet.engines:
         engine.is_stalled = False
+    fleet.staged_per_step = 2
     fleet.settle(num_steps=600)
+    # What was ordered and is not wanted any more is taken back when no engine can know of it.
+    run_until(fleet, lambda: not any(group.queue for group in fleet.groups.values()))
     assert set(replicas(fleet)) == ALL
-    for group in fleet.groups.values():
-        assert not group.queue, f"{group.name} is still staging {group.queue}"
 
 
-FOUND = (3, 127, 184, 547)  # slots were freed too soon: under a silent group's old state, by a new router
-
-
-@pytest.mark.parametrize(
-    "seeds", [FOUND, *(range(first, first + 20) for first in range(0, 200, 20))], ids=str
-)
+@pytest.mark.parametrize("seeds", [range(first, first + 20) for first in range(0, 200, 20)], ids=str)
 def test_after_any_sequence_of_faults_everything_is_in_place_again(seeds):
     for seed in seeds:
         try:

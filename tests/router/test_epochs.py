@@ -69,3 +69,10 @@ def test_who_waits_for_a_first_placement_hears_that_none_will_come():
     epochs = Epochs()
     with pytest.raises(ValueError, match="the checkpoint is broken"):
         after(epochs, 0, timeout_s=10, meanwhile=lambda: epochs.fail("the checkpoint is broken"))
+
+
+def test_a_placement_that_comes_after_all_takes_the_failure_back():
+    epochs = Epochs()
+    epochs.fail("the checkpoint is broken")
+    epochs.publish((A,))
+    assert after(epochs, 0, timeout_s=0) == epochs.newest

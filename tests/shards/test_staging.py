@@ -214,7 +214,6 @@ def test_experts_staged_from_the_checkpoint_compute_bitwise_what_loaded_ones_do(
         tensor.num_bytes for name, tensor in model.checkpoint.tensors.items() if ".experts." in name
     )
     assert (staging.stager.bytes_from_checkpoint, staging.stager.bytes_from_peers) == (expected, 0)
-    assert staging.stager.seconds > 0
     assert staging.stager.last_failure is None
 
 
@@ -428,6 +427,7 @@ def test_an_expert_without_a_free_slot_is_not_read_and_can_be_wished_for_again(m
     staging.stager.free([(0, 0)])
     staging.stage_all((0, 1))
     assert staging.store.held == ((0, 1),)
+    assert staging.stager.last_failure is None
 
 
 def test_an_expert_that_can_not_be_read_is_given_up_and_the_next_is_staged(make, tmp_path):

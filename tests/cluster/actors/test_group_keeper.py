@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
@@ -9,18 +10,26 @@ from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
-from ray.exceptions import ActorDiedError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnschedulableError,
+    OutOfMemoryError,
+    RayError,
+    RuntimeEnvSetupError,
+)
 
 from cluster.actors.group_keeper import GroupKeeper
 from cluster.metrics import RouterMetrics
-from router.controller import Controller, Policy
+from router.controller import Controller
 from router.epochs import Epochs
 from router.group_state import GroupState, Slot, Wish
 from router.links.address import Address
+from router.links.base import Link
 from router.links.listener import Listener
 from router.links.stream import connect
 from router.membership import Patience
 from router.moves import StageOrder
+from router.policy import Policy
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -54,7 +63,8 @@ class Group:
         self.wish = Wish(0, 0)
         self.is_stopped = False
         self._unanswered: list[Call] = []
-        self.is_dead = False
+        self.num_asked = 0
+        self.died_of: RayError | None = None
         self.state = Method(self._state)
         self.stage = Method(self._stage)
         self.free = Method(self._free)
@@ -66,11 +76,12 @@ class Group:
             call.answer.set_result(self._make_state())
         self._unanswered.clear()
 
-    def die(self) -> None:
-        self.is_dead = True
+    def die(self, cause: RayError | None = None) -> None:
+        self.died_of = cause or ActorDiedError()
         self.listener.close()
 
     def _state(self, wish: Wish, is_draining: bool) -> Call:
+        self.num_asked += 1
         self.wish, self.is_leaving = wish, is_draining
         return self._answer()
 
@@ -86,8 +97,8 @@ class Group:
 
     def _answer(self) -> Call:
         call = Call()
-        if self.is_dead:
-            call.answer.set_exception(ActorDiedError())
+        if self.died_of:
+            call.answer.set_exception(self.died_of)
         elif self.is_stopped:
             self._unanswered.append(call)
         else:
@@ -117,10 +128,12 @@ class Cluster:
         self.registry = CollectorRegistry()
         self.controller = Controller(Policy(2, 4, 2, 4, 2), self.epochs, "m/", time.monotonic())
         self._directory = directory
+        self.may_connect = threading.Event()
+        self.may_connect.set()
         self.keeper = GroupKeeper(
             self.controller,
             self._start,
-            lambda address: connect(Address.parse(address), SECRET, "router"),
+            self._connect,
             RouterMetrics(self.registry),
             "m",
             self.killed.append,
@@ -129,6 +142,10 @@ class Cluster:
     def _start(self, name: str) -> Group:
         self.groups.append(Group(name, self._directory))
         return self.groups[-1]
+
+    def _connect(self, address: str) -> Link:
+        self.may_connect.wait(20)
+        return connect(Address.parse(address), SECRET, "router")
 
     @property
     def published(self) -> list[str]:
@@ -155,6 +172,7 @@ async def running(directory: Path, *found: Group) -> AsyncIterator[Cluster]:
         yield cluster
     finally:
         task.cancel()
+        cluster.may_connect.set()
         for group in (*cluster.groups, *found):
             group.listener.close()
 
@@ -179,6 +197,43 @@ def test_a_dead_group_is_replaced_under_its_name(tmp_path: Path):
             assert cluster.groups[2].name == "m/0"
             await cluster.settled()
             assert str(cluster.groups[2].listener.address) in cluster.published
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        ActorDiedError(),
+        OutOfMemoryError("killed by Ray's memory monitor"),
+        RuntimeEnvSetupError("no such image"),
+        ActorUnschedulableError("its node is gone"),
+    ],
+    ids=lambda cause: type(cause).__name__,
+)
+def test_whatever_a_group_died_of_it_is_replaced_at_once(tmp_path: Path, cause: RayError):
+    async def run() -> None:
+        async with running(tmp_path) as cluster:
+            await cluster.settled()
+            died_at = time.monotonic()
+            cluster.groups[0].die(cause)
+            await cluster.until(lambda: len(cluster.groups) == 3, "a replacement")
+            assert time.monotonic() - died_at < Patience().dead_after_s / 2, "only its silence told"
+
+    asyncio.run(run())
+
+
+def test_a_group_is_asked_on_while_its_link_can_not_be_opened(tmp_path: Path):
+    async def run() -> None:
+        async with running(tmp_path) as cluster:
+            cluster.may_connect.clear()
+            await cluster.until(lambda: cluster.groups, "a group")
+            group = cluster.groups[0]
+            await cluster.until(lambda: group.num_asked > 8, "another heartbeat")
+            await cluster.settled()
+            cluster.may_connect.set()
+            link = await asyncio.to_thread(group.listener.accept, 10)
+            link.close()
 
     asyncio.run(run())
 
