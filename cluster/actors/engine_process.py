@@ -1,6 +1,5 @@
 """What an engine's process holds: the model, its cache, and the thread that steps them."""
 
-import logging
 import os
 from pathlib import Path
 
@@ -19,10 +18,7 @@ from router.dispatch import ExpertUnavailable
 from router.groups.single import SingleRank
 from shards.checkpoint import Checkpoint
 from shards.config import ModelConfig
-from shards.kv_cache import BLOCK_SIZE
 from shards.partition import all_tensors, engine_tensors
-
-logger = logging.getLogger(__name__)
 
 FIRST_PLACEMENT_TIMEOUT_S = 600.0
 
@@ -35,7 +31,8 @@ class EngineProcess:
     ) -> None:
         """Raises ValueError for a checkpoint or settings that do not fit, or if others can't be started."""
         config = ModelConfig.from_checkpoint(checkpoint)
-        self.context_length, num_blocks = _fit(model, config, Checkpoint(checkpoint))
+        context_length = model.context_length or config.context_length
+        num_blocks = _num_blocks(model, config, context_length, Checkpoint(checkpoint))
         self._shards: EngineShards | None = None
         if model.tensor_parallel > 1:
             self._shards = EngineShards(model, checkpoint, num_blocks, secret, name)
@@ -51,7 +48,7 @@ class EngineProcess:
         engine = Engine(
             runner,
             vocab_size=config.vocab_size,
-            context_length=self.context_length,
+            context_length=context_length,
             num_blocks=num_blocks,
             max_step_tokens=model.max_step_tokens,
             max_running=model.max_running,
@@ -91,13 +88,12 @@ def _end() -> None:
     os._exit(1)
 
 
-def _fit(model: ModelSettings, config: ModelConfig, weights: Checkpoint) -> tuple[int, int]:
-    """Return the context length and the number of KV blocks that settings, checkpoint and memory allow."""
+def _num_blocks(model: ModelSettings, config: ModelConfig, context_length: int, weights: Checkpoint) -> int:
+    """Return how many KV blocks settings and memory allow. Raises ValueError if a context does not fit."""
     # Of all ranks together, as if all were on this node: whether Ray puts them elsewhere is not known yet.
     held = engine_tensors(config) if model.expert_groups else all_tensors(config)
     weight_bytes = sum(weights.tensors[name].num_bytes for name in held if name in weights.tensors)
-    context_length = min(model.context_length or config.context_length, config.context_length)
-    num_blocks = num_kv_blocks(
+    return num_kv_blocks(
         config,
         context_length,
         model.max_running,
@@ -105,7 +101,3 @@ def _fit(model: ModelSettings, config: ModelConfig, weights: Checkpoint) -> tupl
         model.kv_cache_fraction,
         max(free_bytes() - weight_bytes, 0),  # the weights are still to come
     )
-    fitting = num_blocks * BLOCK_SIZE
-    if fitting < context_length:
-        logger.warning("the context is cut from %s to the KV cache's %s tokens", context_length, fitting)
-    return min(context_length, fitting), num_blocks

@@ -1,6 +1,7 @@
 """The engines of one model behind a Serve handle: one unary call per request, tokens on a link."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator
 
 from ray.exceptions import RayActorError
@@ -9,9 +10,11 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.actors.ray_errors import sentence
 from cluster.actors.token_links import TokenReceiver
-from cluster.engine.request import EngineFull, EngineStopped, GenerationRequest, TokenEvent
+from cluster.engine.request import EngineFull, EngineStopped, Generated, GenerationRequest, TokenEvent
 from cluster.serve.engine_client import EngineLost, EngineOverloaded, EngineUnavailable
 from router.links.base import LinkLost
+
+logger = logging.getLogger(__name__)
 
 # The call may return before the last frame has come over the link, but not by much.
 LAST_FRAME_TIMEOUT_S = 5.0
@@ -32,8 +35,9 @@ class RayEngineClient:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """Yield the request's events, as EngineClient says; leaving early cancels the call."""
-        response = self._handle.generate.remote(request, self._receiver.address)
-        events = self._receiver.open(request.id)
+        receiver = self._receiver
+        response = self._handle.generate.remote(request, receiver.address, avoided=receiver.avoided)
+        events = receiver.open(request.id)
         call = asyncio.ensure_future(_result(response))
         call.add_done_callback(_retrieve)
         next_event = asyncio.ensure_future(events.get())
@@ -42,6 +46,8 @@ class RayEngineClient:
             while not ended:
                 await asyncio.wait((call, next_event), return_when=asyncio.FIRST_COMPLETED)
                 if not next_event.done():
+                    if call.cancelled():  # not by us: else this generator would be, too
+                        raise EngineLost("the engine gave the call up")
                     call.result()  # raises what ended the call early
                     await asyncio.wait((next_event,), timeout=self._last_frame_timeout_s)
                     if not next_event.done():
@@ -53,7 +59,7 @@ class RayEngineClient:
                 next_event = asyncio.ensure_future(events.get())
                 yield event
         finally:
-            self._receiver.close(request.id)
+            receiver.close(request.id)
             next_event.cancel()
             if not ended and not call.done():
                 response.cancel()
@@ -62,7 +68,7 @@ class RayEngineClient:
 async def _result(response: object) -> None:
     """Wait for the call's end, and give what went wrong the names that EngineClient has for it."""
     try:
-        await response  # type: ignore[misc]  # Serve's DeploymentResponse is awaitable, but not typed so
+        end: Generated = await response  # type: ignore[misc]  # awaitable, but not typed so
     except (EngineStopped, RayActorError) as error:
         raise EngineLost(f"the engine died: {error}") from error
     except (EngineFull, BackPressureError) as error:
@@ -71,6 +77,12 @@ async def _result(response: object) -> None:
         raise EngineUnavailable(str(error)) from error
     except ValueError as error:  # it does not fit that engine
         raise EngineUnavailable(sentence(error)) from error
+    except Exception as error:
+        # A process may die in ways that Serve has no name for. The journal bounds how often it is tried.
+        logger.warning("a call to an engine failed", exc_info=True)
+        raise EngineLost(f"the call to the engine failed: {error}") from error
+    if end.finish_reason == "abort":  # by an engine whose link to here was lost: nothing more will come
+        raise EngineLost("the engine gave the request up")
 
 
 def _retrieve(call: "asyncio.Future[None]") -> None:

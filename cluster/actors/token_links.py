@@ -2,6 +2,9 @@
 
 A gateway listens and an engine connects, when the gateway's first request arrives. Both sides put threads
 around the blocking links: an engine must not wait for a slow gateway, nor an event loop for a socket.
+
+A link is never silent for long. An engine that has nothing to say, because a step takes its time, sends
+frames without events; so a gateway learns within seconds of one that is stopped, or whose host is gone.
 """
 
 import asyncio
@@ -15,12 +18,16 @@ from cluster.engine.token_wire import decode_events, encode_events
 from router.links.address import Address
 from router.links.base import Frame, Kind, Link, LinkLost
 from router.links.listener import Listener
-from router.links.stream import StreamLink, connect
+from router.links.stream import connect
 
 logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
-IDLE_PERIOD_S = 10.0  # how soon the death of an idle gateway is noticed
+SIGN_OF_LIFE_PERIOD_S = 0.5
+SILENCE_S = 3.0  # after which an engine is lost
+# For so long, requests go to other engines than one whose link was lost. Serve counts requests, and finds a
+# lost engine idle, until it has sent none there for 10 s; then it asks, and gets no answer.
+AVOIDED_S = 15.0
 
 
 class TokenSender:
@@ -35,26 +42,35 @@ class TokenSender:
         self._secret = secret
         self._name = name
         self._on_lost = on_lost
+        self._lock = threading.Lock()  # so that nothing is put into an outbox behind its end
         self._outboxes: dict[str, SimpleQueue[list[TokenEvent] | None]] = {}
 
     def send(self, gateway: str, events: list[TokenEvent]) -> None:
-        """Queue one step's events for the gateway at this address; never blocks. One thread may call it."""
-        outbox = self._outboxes.get(gateway)
-        if outbox is None:
-            outbox = self._outboxes[gateway] = SimpleQueue()
-            threading.Thread(target=self._run, args=(gateway, outbox), name="token-link", daemon=True).start()
-        outbox.put(events)
+        """Queue events for the gateway at this address; never blocks.
+
+        Any thread may send receipts; one and the same sends all else.
+        """
+        with self._lock:
+            outbox = self._outboxes.get(gateway)
+            if outbox is None:
+                outbox = self._outboxes[gateway] = SimpleQueue()
+                link = threading.Thread(
+                    target=self._run, args=(gateway, outbox), name="token-link", daemon=True
+                )
+                link.start()
+            outbox.put(events)
 
     def close(self) -> None:
         """Close every link behind what is queued."""
-        for outbox in self._outboxes.values():
-            outbox.put(None)
+        with self._lock:
+            for outbox in self._outboxes.values():
+                outbox.put(None)
 
     def _run(self, gateway: str, outbox: "SimpleQueue[list[TokenEvent] | None]") -> None:
         try:
             link = connect(Address.parse(gateway), self._secret, self._name, CONNECT_TIMEOUT_S)
             try:
-                while (events := _next(outbox, link)) is not None:
+                while (events := _next(outbox)) is not None:
                     link.send(Frame(Kind.TOKENS, meta=encode_events(events)))
             finally:
                 link.close()
@@ -65,25 +81,27 @@ class TokenSender:
                 pass
 
     def _forget(self, gateway: str) -> None:
-        self._outboxes.pop(gateway).put(None)
+        with self._lock:
+            self._outboxes.pop(gateway).put(None)
 
 
-def _next(outbox: "SimpleQueue[list[TokenEvent] | None]", link: StreamLink) -> list[TokenEvent] | None:
-    """Wait for the next events; look now and then whether the gateway is still there. Raises LinkLost."""
-    while True:
-        try:
-            return outbox.get(timeout=IDLE_PERIOD_S)
-        except Empty:
-            link.poll()  # gateways send nothing, but an end of file
+def _next(outbox: "SimpleQueue[list[TokenEvent] | None]") -> list[TokenEvent] | None:
+    """Wait for the next events, but not for long: none are a sign of life."""
+    try:
+        return outbox.get(timeout=SIGN_OF_LIFE_PERIOD_S)
+    except Empty:
+        return []
 
 
 class TokenReceiver:
     """A gateway's end of the token links: routes every event to the request that waits for it."""
 
-    def __init__(self, listener: Listener) -> None:
+    def __init__(self, listener: Listener, silence_s: float = SILENCE_S) -> None:
         """Must be made on the event loop that the waiting requests run on."""
         self._loop = asyncio.get_running_loop()
         self._listener = listener
+        self._silence_s = silence_s
+        self._lost_at: dict[str, float] = {}  # by the engine's name, in the loop's seconds
         self._waiting: dict[str, asyncio.Queue[TokenEvent | LinkLost]] = {}
         self._link_of: dict[str, Link] = {}  # by the request whose events come over it
         threading.Thread(target=self._accept, name="token-accept", daemon=True).start()
@@ -91,6 +109,13 @@ class TokenReceiver:
     @property
     def address(self) -> str:
         return str(self._listener.address)
+
+    @property
+    def avoided(self) -> frozenset[str]:
+        """The engines, by name, whose links were lost not long ago."""
+        since = self._loop.time() - AVOIDED_S
+        self._lost_at = {name: at for name, at in self._lost_at.items() if at > since}
+        return frozenset(self._lost_at)
 
     def open(self, request_id: str) -> "asyncio.Queue[TokenEvent | LinkLost]":
         """Return the queue into which this request's events will come, until `close`.
@@ -117,7 +142,7 @@ class TokenReceiver:
     def _read(self, link: Link) -> None:
         try:
             while True:
-                events = decode_events(link.receive().meta)
+                events = decode_events(link.receive(self._silence_s).meta)
                 self._loop.call_soon_threadsafe(self._route, events, link)
         except (LinkLost, ValueError) as error:
             logger.info("the token link from %s ended: %s", link.peer, error)
@@ -132,10 +157,11 @@ class TokenReceiver:
                 queue.put_nowait(event)
 
     def _lose(self, link: Link, error: LinkLost) -> None:
-        """Tell whoever waits for this engine. Its host may be gone, and Ray may take a minute to say so.
+        """Tell whoever waits for this engine. It may be stopped, and Ray takes a minute to miss a host.
 
-        A request of which nothing has come yet hears of it from Ray: nobody knows which engine has it.
+        A request of which nothing has come yet, not even a receipt, is not told: nobody knows who has it.
         """
+        self._lost_at[link.peer] = self._loop.time()
         for request_id, its_link in self._link_of.items():
             if its_link is link:
                 self._waiting[request_id].put_nowait(error)

@@ -30,7 +30,6 @@ class EngineStats:
     num_waiting: int
     used_blocks: int  # held by requests; a cached block that nobody holds is not used
     total_blocks: int
-    num_steps: int
     num_preemptions: int
     num_computed_tokens: int  # what was run, tokens computed again after a preemption included
     num_cached_tokens: int  # of prompts, found in the prefix cache instead
@@ -72,7 +71,6 @@ class Engine:
         self.scheduler = Scheduler(self.blocks, max_step_tokens, max_running)
         self._requests: dict[str, RequestState] = {}
         self._ended: list[TokenEvent] = []  # ends without a token, for the next step to report
-        self._num_steps = 0
         self._num_computed_tokens = 0
 
     @property
@@ -118,7 +116,6 @@ class Engine:
             num_waiting=len(self.scheduler.waiting),
             used_blocks=self.blocks.num_used,
             total_blocks=self.blocks.num_blocks,
-            num_steps=self._num_steps,
             num_preemptions=self.scheduler.num_preemptions,
             num_computed_tokens=self._num_computed_tokens,
             num_cached_tokens=self.scheduler.num_cached_tokens,
@@ -146,7 +143,6 @@ class Engine:
                 )
 
     def _run(self, batch: StepBatch) -> NDArray[np.float32]:
-        self._num_steps += 1
         self._num_computed_tokens += batch.num_tokens
         return self.runner.run(batch).cpu().numpy()
 

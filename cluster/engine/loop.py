@@ -22,14 +22,15 @@ class _Open:
 
     gateway: str
     future: Future[Generated]
-    submitted_at: float = field(default_factory=time.perf_counter)
+    submitted_at: float = field(default_factory=time.perf_counter)  # also the time in the inbox counts
     num_tokens: int = 0
 
 
 class EngineLoop:
     """Step an engine in a thread of its own, and hand each step's events to their gateways.
 
-    `deliver(gateway, events)` is called from that thread once per step and gateway; it must not block.
+    `deliver(gateway, events)` is called from that thread once per step and gateway, and with a receipt from
+    whoever submits; it must not block.
     """
 
     def __init__(
@@ -54,14 +55,17 @@ class EngineLoop:
         self._thread.start()
 
     def submit(self, request: GenerationRequest, gateway: str) -> "Future[Generated]":
-        """Queue a request. The future ends with the request.
+        """Queue a request, and let its gateway know at once. The future ends with the request.
 
         In it, ValueError says why the request can never be served, EngineFull that it can't be now.
         """
         future: Future[Generated] = Future()
-        self._inbox.put(lambda: self._admit(request, _Open(gateway, future)))
+        open_ = _Open(gateway, future)
+        self._inbox.put(lambda: self._admit(request, open_))
         if self._stopping:  # set before the thread's last look: it may have missed this request
             self._turn_away()
+        else:  # not from the thread, which may be in a step for seconds
+            self._deliver(gateway, [TokenEvent(request.id, None)])
         return future
 
     def abort(self, request_id: str) -> None:
@@ -129,7 +133,7 @@ class EngineLoop:
         if request.id in self._open:  # the engine may have let go of it already, in an end not yet reported
             open_.future.set_exception(ValueError(f"request {request.id!r} is here already"))
             return
-        if len(self._open) >= self._max_open:
+        if len(self._open) >= self._max_open and not request.is_resumed:
             open_.future.set_exception(EngineFull(f"the engine already holds {self._max_open} requests"))
             return
         self._open[request.id] = open_

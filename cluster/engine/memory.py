@@ -40,16 +40,25 @@ def num_kv_blocks(
     """Choose the size of the KV cache, in blocks.
 
     `kv_cache_tokens` decides if given; else as many as `kv_cache_fraction` of `free` bytes holds, but no
-    more than `max_running` requests of full length could ever fill. Raises ValueError if not even one does.
+    more than `max_running` requests of full length could ever fill, and no fewer than one could. Raises
+    ValueError if there is no room for one: a context that depended on the memory free at the moment would
+    differ from engine to engine, and so would answers that reach its end.
     """
+    fewest = -(-context_length // BLOCK_SIZE)
     if kv_cache_tokens is not None:
         num_blocks = kv_cache_tokens // BLOCK_SIZE
-    else:
-        most = max_running * -(-context_length // BLOCK_SIZE)
-        num_blocks = min(int(free * kv_cache_fraction) // block_bytes(config), most)
-    if num_blocks < 1:
+        if num_blocks < fewest:
+            raise ValueError(
+                f"kv_cache_tokens is {kv_cache_tokens}, but one request may fill a context_length of "
+                f"{context_length}; raise kv_cache_tokens to {fewest * BLOCK_SIZE}, or lower context_length "
+                f"to {num_blocks * BLOCK_SIZE}"
+            )
+        return num_blocks
+    room = free // block_bytes(config)
+    if room < fewest:
         raise ValueError(
-            f"no memory for a KV cache: a block of {BLOCK_SIZE} tokens takes {block_bytes(config)} bytes and "
-            f"{free} bytes are free; raise kv_cache_tokens or kv_cache_fraction, or free some memory"
+            f"one request may fill a context_length of {context_length}, whose KV cache takes "
+            f"{fewest * block_bytes(config) / 2**30:.3g} GiB, but {free / 2**30:.3g} GiB are free beside the "
+            f"weights; lower context_length ({room * BLOCK_SIZE} would fit), or free some memory"
         )
-    return num_blocks
+    return min(max(int(free * kv_cache_fraction) // block_bytes(config), fewest), max_running * fewest)

@@ -28,7 +28,7 @@ class EngineObserver:
             (metrics.used_blocks.labels(model), "used_blocks"),
             (metrics.total_blocks.labels(model), "total_blocks"),
         ]
-        self._last = EngineStats(0, 0, 0, 0, 0, 0, 0, 0)
+        self._last = EngineStats(0, 0, 0, 0, 0, 0, 0)
         self._generated: deque[tuple[float, int]] = deque()  # (when, tokens) of the last steps
 
     @property

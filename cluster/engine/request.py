@@ -24,6 +24,9 @@ class GenerationRequest:
 
     `emitted` holds the tokens that an earlier engine already produced for this request: the answer goes
     on behind them exactly as it would have there. They count towards `max_tokens` and the penalties.
+
+    `is_resumed` says that an earlier engine had the request, though it may have emitted nothing: somebody has
+    been promised an answer, so it goes before requests that nobody has taken yet, and is never one too many.
     """
 
     id: str
@@ -32,6 +35,7 @@ class GenerationRequest:
     sampling: SamplingParams
     stop_token_ids: frozenset[int] = frozenset()  # ends the answer; the token itself is emitted, too
     emitted: tuple[int, ...] = ()
+    is_resumed: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,10 @@ class Logprob:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One step's result for one request: a token, or an end without one (abort, error)."""
+    """One step's result for one request: a token, or an end without one (abort, error).
+
+    Or neither, in no step: a receipt, which says that the engine has the request.
+    """
 
     request_id: str
     token_id: int | None
@@ -51,6 +58,10 @@ class TokenEvent:
     top_logprobs: tuple[Logprob, ...] = ()  # the likeliest tokens, best first
     num_cached: int = 0  # prompt tokens that came from the prefix cache; set with the first token
     error: str | None = None
+
+    @property
+    def is_receipt(self) -> bool:
+        return self.token_id is None and self.finish_reason is None
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,11 @@ class RequestState:
         return self.request.id
 
     @property
+    def has_begun(self) -> bool:
+        """Whether an engine has had it: this one, before a preemption, or one that was lost."""
+        return self.request.is_resumed or self.num_cached is not None
+
+    @property
     def num_owed(self) -> int:
         return len(self.token_ids) - self.num_computed
 

@@ -22,7 +22,8 @@ class Scheduler:
 
     `running` followed by `waiting` is always in order of arrival, since only the youngest running request
     is preempted and only the oldest waiting one admitted. So the oldest request of all is never set
-    back, and each request gets to be the oldest: nobody waits for ever.
+    back, and each request gets to be the oldest: nobody waits for ever. A request that comes from a lost
+    engine arrived there, so it counts as older than all that have not begun.
     """
 
     def __init__(self, blocks: BlockPool, max_step_tokens: int, max_running: int):
@@ -47,7 +48,10 @@ class Scheduler:
                 f"{num_needed} blocks of the KV cache, but the engine has {self.blocks.num_blocks}; "
                 f"lower max_tokens, shorten the prompt or give the engine more blocks"
             )
-        self.waiting.append(state)
+        behind = len(self.waiting)
+        if state.has_begun:
+            behind = next((i for i, other in enumerate(self.waiting) if not other.has_begun), behind)
+        self.waiting.insert(behind, state)
 
     def plan_step(self) -> StepPlan:
         """Choose how many tokens each request computes in this step, and reserve their blocks.

@@ -22,7 +22,7 @@ class EngineClient(Protocol):
     """The engines of one model, whichever of them takes a request."""
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
-        """Submit a request and yield its events; the last one has a `finish_reason`.
+        """Submit a request and yield its events, receipts among them; the last one has a `finish_reason`.
 
         Closing the generator, or cancelling whoever waits for it, aborts the request at the engine. Raises
         EngineLost, EngineOverloaded or EngineUnavailable, whose text the client is shown.

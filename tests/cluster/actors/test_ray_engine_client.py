@@ -6,12 +6,14 @@ from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
 import pytest
-from ray.exceptions import ActorDiedError
+from grpc import StatusCode
+from grpc.aio import AioRpcError, Metadata
+from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
 from cluster.actors.ray_engine_client import RayEngineClient
 from cluster.actors.token_links import TokenReceiver, TokenSender
-from cluster.engine.request import EngineFull, EngineStopped, GenerationRequest, TokenEvent
+from cluster.engine.request import EngineFull, EngineStopped, Generated, GenerationRequest, TokenEvent
 from cluster.serve.engine_client import EngineLost, EngineOverloaded, EngineUnavailable
 from router.links.base import LinkLost
 from router.links.listener import Listener
@@ -19,6 +21,7 @@ from shards.sampling_params import SamplingParams
 
 SECRET = b"one cluster's secret"
 REQUEST = GenerationRequest("a", (1, 2, 3), 8, SamplingParams())
+ENDED = Generated("length", 2)
 FIRST, LAST = TokenEvent("a", 7), TokenEvent("a", 8, "length")
 
 pytestmark = pytest.mark.timeout(60)
@@ -28,7 +31,7 @@ class Call:
     """What a handle's `remote` returns: awaitable, and to be cancelled."""
 
     def __init__(self) -> None:
-        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.ended: asyncio.Future[Generated] = asyncio.get_running_loop().create_future()
         self.cancelled = False
 
     def __await__(self):
@@ -43,10 +46,12 @@ class Handle:
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
+        self.avoided: frozenset[str] = frozenset()  # of the last call
         self.generate = self
 
-    def remote(self, request: GenerationRequest, gateway: str) -> Call:
+    def remote(self, request: GenerationRequest, gateway: str, avoided: frozenset[str]) -> Call:
         assert request == REQUEST
+        self.avoided = avoided
         self.calls.append(Call())
         return self.calls[-1]
 
@@ -92,7 +97,7 @@ def test_a_call_that_ends_before_the_last_frame_waits_for_it(tmp_path: Path) -> 
     async def run() -> None:
         async with running(tmp_path) as (handle, client, sender, receiver):
             events, first = await begin(client)
-            handle.calls[0].ended.set_result(None)
+            handle.calls[0].ended.set_result(ENDED)
             sender.send(receiver.address, [FIRST, LAST])
             assert [await first] + [event async for event in events] == [FIRST, LAST]
 
@@ -103,7 +108,7 @@ def test_an_end_whose_last_frame_never_comes_is_a_loss(tmp_path: Path) -> None:
     async def run() -> None:
         async with running(tmp_path) as (handle, client, _, _):
             _, first = await begin(client)
-            handle.calls[0].ended.set_result(None)
+            handle.calls[0].ended.set_result(ENDED)
             with pytest.raises(EngineLost):
                 await first
 
@@ -122,6 +127,8 @@ def test_an_engine_whose_link_ends_is_lost_before_ray_says_so(tmp_path: Path) ->
             with pytest.raises(EngineLost, match="out of reach"):
                 await anext(events)
             assert handle.calls[0].cancelled, "it may still be at work, for nobody"
+            await begin(client)
+            assert handle.avoided == {"engine"}, "the next call must not go where this one was lost"
 
     asyncio.run(run())
 
@@ -148,18 +155,37 @@ def test_the_end_of_one_engines_link_is_no_news_for_requests_of_another(tmp_path
     ("error", "wanted"),
     [
         (ActorDiedError(), EngineLost),
+        (NodeDiedError("the host is gone"), EngineLost),
+        (OutOfMemoryError("the kernel took it"), EngineLost),
+        (AioRpcError(StatusCode.INTERNAL, Metadata(), Metadata()), EngineLost),
+        (RuntimeError("Unexpected error (StatusCode.UNKNOWN): ."), EngineLost),  # without first metadata
+        (asyncio.CancelledError(), EngineLost),  # by the engine, as its replica ends
+        (RayTaskError("generate", "...", EngineFull("full")).as_instanceof_cause(), EngineOverloaded),
         (EngineStopped("the engine has stopped"), EngineLost),
         (EngineFull("full"), EngineOverloaded),
         (BackPressureError(num_queued_requests=1, max_queued_requests=1), EngineOverloaded),
         (ValueError("the prompt does not fit"), EngineUnavailable),
     ],
 )
-def test_what_ends_the_call_gets_its_name(tmp_path: Path, error: Exception, wanted: type[Exception]) -> None:
+def test_what_ends_the_call_gets_its_name(
+    tmp_path: Path, error: BaseException, wanted: type[Exception]
+) -> None:
     async def run() -> None:
         async with running(tmp_path) as (handle, client, _, _):
             _, first = await begin(client)
             handle.calls[0].ended.set_exception(error)
             with pytest.raises(wanted):
+                await first
+
+    asyncio.run(run())
+
+
+def test_a_request_that_the_engine_gave_up_is_lost_whatever_is_still_on_its_way(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with running(tmp_path) as (handle, client, _, _):
+            _, first = await begin(client)
+            handle.calls[0].ended.set_result(Generated("abort", 1))
+            with pytest.raises(EngineLost, match="gave the request up"):
                 await first
 
     asyncio.run(run())

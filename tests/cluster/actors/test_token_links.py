@@ -6,8 +6,9 @@ from queue import Empty, SimpleQueue
 
 import pytest
 
-from cluster.actors.token_links import TokenReceiver, TokenSender
+from cluster.actors.token_links import SILENCE_S, TokenReceiver, TokenSender
 from cluster.engine.request import Logprob, TokenEvent
+from cluster.engine.token_wire import decode_events, encode_events
 from router.links.base import Frame, Kind, LinkLost
 from router.links.listener import Listener
 from router.links.stream import connect
@@ -74,6 +75,7 @@ def test_each_request_gets_its_events_in_order_whatever_else_is_sent(listener, e
 
 def test_all_that_an_event_says_arrives(listener, engine):
     sent = [
+        TokenEvent("a", None),
         TokenEvent("a", 7, None, Logprob(7, -0.5), (Logprob(7, -0.5), Logprob(8, float("-inf"))), 32),
         TokenEvent("a", None, "error", error="expert 3 has no replica: \N{WIND BLOWING FACE}"),
     ]
@@ -82,7 +84,36 @@ def test_all_that_an_event_says_arrives(listener, engine):
         receiver = TokenReceiver(listener)
         with opened(receiver, "a") as (queue,):
             engine().send(receiver.address, sent)
-            assert await take(queue, 2) == sent
+            assert await take(queue, 3) == sent
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_has_nothing_to_say_gives_a_sign_of_life(listener, engine):
+    engine().send(str(listener.address), [TokenEvent("a", 1)])
+    link = listener.accept(DEADLINE_S)
+    link.receive(DEADLINE_S)
+    for _ in range(2):
+        assert decode_events(link.receive(SILENCE_S).meta) == []
+
+
+def test_an_engine_that_falls_silent_is_lost_and_avoided(listener):
+    async def run() -> None:
+        receiver = TokenReceiver(listener, silence_s=0.2)
+        stopped = connect(listener.address, SECRET, "model/stopped")
+        with opened(receiver, "a", "elsewhere") as (queue, other):
+            assert receiver.avoided == frozenset()
+            stopped.send(Frame(Kind.TOKENS, meta=encode_events([TokenEvent("a", None)])))
+            (receipt,) = await take(queue, 1)
+            assert receipt.is_receipt
+            (loss,) = await take(queue, 1)
+            assert isinstance(loss, LinkLost)
+            assert "took too long" in str(loss)
+            assert receiver.avoided == {"model/stopped"}
+            assert other.empty()
+        # And so the engine learns, once it goes on, that nobody waits for its requests.
+        with pytest.raises(LinkLost, match="the peer closed it"):
+            await asyncio.to_thread(stopped.receive, DEADLINE_S)
 
     asyncio.run(run())
 

@@ -13,7 +13,6 @@ STATS = EngineStats(
     num_waiting=2,
     used_blocks=40,
     total_blocks=64,
-    num_steps=1,
     num_preemptions=1,
     num_computed_tokens=100,
     num_cached_tokens=32,

@@ -1,5 +1,6 @@
 import threading
 from concurrent.futures import wait
+from queue import SimpleQueue
 
 import pytest
 from fake_runner import VOCAB_SIZE, ExpertGone, FakeRunner
@@ -36,7 +37,7 @@ class Gate:
 
 
 class Served:
-    """An engine's loop, and what it delivered: {gateway: [events]}."""
+    """An engine's loop, and what it delivered: {gateway: [events]}, receipts apart from all else."""
 
     def __init__(self, max_open=8, max_running=8, context_length=1000, on_failure=lambda: None):
         self.gate = Gate(FakeRunner(64, 64))
@@ -51,20 +52,28 @@ class Served:
         )
         self.registry = CollectorRegistry()
         self.delivered = {}
+        self.receipts = SimpleQueue()  # (gateway, request id)
         self.loop = EngineLoop(
             self.engine,
-            lambda gateway, events: self.delivered.setdefault(gateway, []).extend(events),
+            self.deliver,
             EngineObserver(EngineMetrics(self.registry), "m"),
             max_open,
             on_failure,
         )
 
+    def deliver(self, gateway, events):
+        if events[0].is_receipt:
+            (receipt,) = events
+            self.receipts.put((gateway, receipt.request_id))
+        else:
+            self.delivered.setdefault(gateway, []).extend(events)
+
     def tokens(self, gateway, request_id):
         return [event.token_id for event in self.delivered[gateway] if event.request_id == request_id]
 
 
-def request(id="a", max_tokens=5, prompt=(1, 2, 3)):
-    return GenerationRequest(id, prompt, max_tokens, SamplingParams(temperature=0.0))
+def request(id="a", max_tokens=5, prompt=(1, 2, 3), is_resumed=False):
+    return GenerationRequest(id, prompt, max_tokens, SamplingParams(temperature=0.0), is_resumed=is_resumed)
 
 
 @pytest.fixture
@@ -110,6 +119,7 @@ def test_one_step_is_one_delivery_to_a_gateway(served):
     one.loop._deliver = lambda gateway, events: deliveries.append([event.request_id for event in events])
     endless(one)
     futures = [one.loop.submit(request(id, max_tokens=3), "gateway 1") for id in "ab"]
+    deliveries.clear()  # of receipts
     one.gate.open.set()
     wait(futures, DEADLINE_S)
     assert [ids for ids in deliveries if "a" in ids] == [["endless", "a", "b"]] * 3
@@ -142,6 +152,24 @@ def test_one_request_more_than_max_open_is_turned_away(served):
         futures[2].result(DEADLINE_S)
     assert futures[1].result(DEADLINE_S).num_tokens == 5
     assert one.loop.submit(request("c"), "gateway").result(DEADLINE_S).num_tokens == 5
+
+
+def test_a_request_of_a_lost_engine_is_never_one_too_many(served):
+    one = served(max_open=1)
+    endless(one)
+    resumed = one.loop.submit(request("a", is_resumed=True), "gateway")
+    one.gate.open.set()
+    assert resumed.result(DEADLINE_S).num_tokens == 5
+
+
+def test_a_gateway_hears_at_once_that_its_request_is_here_also_while_a_step_takes_its_time(served):
+    one = served()
+    endless(one)
+    one.loop.submit(request("a"), "gateway 2")
+    assert [one.receipts.get(timeout=DEADLINE_S) for _ in range(2)] == [
+        ("gateway 1", "endless"),
+        ("gateway 2", "a"),
+    ]
 
 
 def test_a_request_that_its_caller_cancelled_before_the_step_is_never_run(served):
@@ -278,6 +306,20 @@ def test_the_time_to_the_first_token_is_observed_once_per_request(served):
     one.loop.stop()
     name = "tradewind_engine_time_to_first_token_seconds_count"
     assert one.registry.get_sample_value(name, {"model": "m"}) == 2
+
+
+def test_the_time_to_the_first_token_begins_before_the_step_that_a_request_waits_for(served):
+    one = served(max_running=1)
+    endless(one)
+    future = one.loop.submit(request("a"), "gateway")
+    assert not one.gate.reached.acquire(timeout=0.2), "a step began while another one stood at the gate"
+    one.loop.abort("endless")
+    one.gate.open.set()
+    future.result(DEADLINE_S)
+    one.loop.stop()
+    # 0.2 s for each of the two: the endless one was aborted behind its first token.
+    name = "tradewind_engine_time_to_first_token_seconds_sum"
+    assert one.registry.get_sample_value(name, {"model": "m"}) >= 0.4
 
 
 def test_an_engine_that_never_stepped_says_how_many_blocks_it_has(served):

@@ -70,7 +70,11 @@ def test_a_block_of_keys_and_values_is_fp32_over_all_layers():
 
 
 def test_the_cache_takes_its_fraction_of_the_free_memory():
-    assert blocks(free=100 * block_bytes(CONFIG), fraction=0.25) == 25
+    assert blocks(context_length=10, max_running=64, free=100 * block_bytes(CONFIG), fraction=0.25) == 25
+
+
+def test_the_cache_takes_more_than_its_fraction_if_one_context_needs_more():
+    assert blocks(context_length=10 * BLOCK_SIZE, free=10 * block_bytes(CONFIG), fraction=0.25) == 10
 
 
 def test_the_cache_is_no_larger_than_all_requests_at_full_length():
@@ -81,7 +85,11 @@ def test_kv_cache_tokens_decide_whatever_is_free():
     assert blocks(kv_cache_tokens=100 * BLOCK_SIZE + 1, free=0) == 100
 
 
-@pytest.mark.parametrize("knobs", [{"free": 0}, {"kv_cache_tokens": BLOCK_SIZE - 1}])
-def test_no_room_for_one_block_is_refused_with_what_to_change(knobs):
-    with pytest.raises(ValueError, match=r"no memory for a KV cache.*kv_cache_tokens or kv_cache_fraction"):
-        blocks(**knobs)
+def test_a_context_that_does_not_fit_the_free_memory_is_refused_and_never_shortened():
+    with pytest.raises(ValueError, match=rf"context_length of 1000,.*\({9 * BLOCK_SIZE} would fit\)"):
+        blocks(context_length=1000, free=10 * block_bytes(CONFIG) - 1)
+
+
+def test_a_context_that_does_not_fit_kv_cache_tokens_is_refused_with_what_to_change():
+    with pytest.raises(ValueError, match=r"raise kv_cache_tokens to 1008, or lower context_length to 992"):
+        blocks(context_length=1000, kv_cache_tokens=999)

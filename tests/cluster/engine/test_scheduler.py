@@ -19,9 +19,10 @@ def make_scheduler(*, num_blocks=20, max_step_tokens=64, max_running=8, prefix_c
     return Scheduler(BlockPool(num_blocks, prefix_caching), max_step_tokens, max_running)
 
 
-def submit(scheduler, id, prompt_length, max_tokens=50, first_token=0):
+def submit(scheduler, id, prompt_length, max_tokens=50, first_token=0, is_resumed=False):
     prompt = tuple(range(first_token, first_token + prompt_length))
-    state = RequestState(GenerationRequest(id, prompt, max_tokens, SamplingParams()), context_length=1000)
+    request = GenerationRequest(id, prompt, max_tokens, SamplingParams(), is_resumed=is_resumed)
+    state = RequestState(request, context_length=1000)
     scheduler.submit(state)
     return state
 
@@ -96,6 +97,16 @@ def test_the_youngest_is_preempted_and_waits_in_front():
     assert step(scheduler) == {"a": 1, "b": 1}
     assert [state.id for state in scheduler.waiting] == ["c", "d"]
     assert (c.num_computed, scheduler.num_preemptions) == (0, 1)
+
+
+def test_requests_of_a_lost_engine_wait_behind_those_that_have_begun_and_before_all_others():
+    scheduler, _ = fill_memory()
+    submit(scheduler, "new", 1)
+    step(scheduler)  # preempts c
+    for id in ("resumed 1", "resumed 2"):
+        submit(scheduler, id, 1, is_resumed=True)
+    submit(scheduler, "newer", 1)
+    assert [state.id for state in scheduler.waiting] == ["c", "resumed 1", "resumed 2", "new", "newer"]
 
 
 def test_nobody_is_admitted_in_a_step_that_was_short_of_memory():

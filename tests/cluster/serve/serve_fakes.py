@@ -49,6 +49,8 @@ class ScriptedEngine:
     answer: Callable[[str], str] = lambda prompt: "Hello, world"
     failures: list[tuple[int, Exception]] = field(default_factory=list)
     hang_after: int | None = None  # tokens; then nothing comes any more
+    num_silent: int = 0  # submissions, the first ones, that nobody takes
+    prompt_s: float = 0.0  # what it takes to read a prompt, behind the receipt
     num_cached: int = 0
     submissions: list[GenerationRequest] = field(default_factory=list)
     at_once: int = 0  # requests that are running
@@ -65,6 +67,10 @@ class ScriptedEngine:
         self.most_at_once = max(self.most_at_once, self.at_once)
         try:
             await asyncio.sleep(0)  # let others begin
+            if len(self.submissions) <= self.num_silent:
+                await asyncio.Event().wait()
+            yield TokenEvent(request.id, None)
+            await asyncio.sleep(self.prompt_s)
             for position in range(len(request.emitted), request.max_tokens):
                 if error and position - len(request.emitted) == num_ok:
                     ended = True

@@ -11,7 +11,7 @@ from cluster.serve.engine_client import EngineLost, EngineOverloaded, EngineUnav
 from cluster.serve.journal import Journal, RetryPolicy
 from shards.sampling_params import SamplingParams
 
-RETRY = RetryPolicy(max_losses=2, deadline_s=5.0, first_pause_s=0.001, longest_pause_s=0.002)
+RETRY = RetryPolicy(max_losses=2, deadline_s=5.0, first_pause_s=0.001, longest_pause_s=0.002, receipt_s=2.0)
 REQUEST = GenerationRequest("r", tokens("Hi"), 50, SamplingParams(), frozenset({EOS}))
 ANSWER = (*tokens("Hello, world"), EOS)
 
@@ -79,10 +79,54 @@ def test_a_lost_request_that_no_engine_takes_fails_at_the_deadline(error):
         run(engine, replace(RETRY, deadline_s=0.7, first_pause_s=0.3, longest_pause_s=0.3))
 
 
-def test_a_lost_request_whose_next_engine_is_silent_fails_at_the_deadline():
-    engine = ScriptedEngine(failures=[(2, EngineLost("gone"))], hang_after=2)
-    with pytest.raises(EngineUnavailable, match=r"no other went on within 0\.02 s"):
+def test_a_request_that_no_engine_confirms_goes_to_another_and_that_is_no_loss():
+    engine = ScriptedEngine(num_silent=RETRY.max_losses + 3)
+    assert token_ids(run(engine, replace(RETRY, receipt_s=0.001))) == ANSWER
+    assert len({request.id for request in engine.submissions}) == RETRY.max_losses + 4
+
+
+def test_engines_have_longer_each_time_to_confirm_a_request():
+    engine = ScriptedEngine(num_silent=100)
+    with pytest.raises(EngineUnavailable):
+        run(engine, replace(RETRY, receipt_s=0.001, deadline_s=0.3))
+    assert len(engine.submissions) <= 9, "1 + 2 + 4 + ... + 256 ms are more than 300 ms"
+
+
+def test_a_new_request_that_no_engine_takes_fails_at_the_deadline():
+    with pytest.raises(EngineUnavailable, match=r"no engine took the request within 0\.02 s"):
+        run(ScriptedEngine(num_silent=100), replace(RETRY, deadline_s=0.02))
+
+
+class LostOnceThenSilent:
+    """An engine that is lost after two tokens, and that nobody follows."""
+
+    def __init__(self):
+        self.first, self.silent = (
+            ScriptedEngine(failures=[(2, EngineLost("gone"))]),
+            ScriptedEngine(num_silent=100),
+        )
+
+    def generate(self, request):
+        return (self.silent if self.first.submissions else self.first).generate(request)
+
+
+def test_a_lost_request_that_no_other_engine_takes_fails_at_the_deadline():
+    engine = LostOnceThenSilent()
+    with pytest.raises(EngineUnavailable, match=r"no engine took the request within 0\.02 s"):
         run(engine, replace(RETRY, deadline_s=0.02))
+    assert engine.silent.submissions[0].emitted == ANSWER[:2]
+
+
+@pytest.mark.parametrize("failures", [[], [(2, EngineLost("gone"))]])
+def test_an_engine_that_has_the_request_may_take_its_time(failures):
+    engine = ScriptedEngine(failures=failures, prompt_s=0.1)
+    assert token_ids(run(engine, replace(RETRY, deadline_s=0.05, receipt_s=0.05))) == ANSWER
+
+
+def test_only_a_request_that_an_engine_had_is_resumed():
+    engine = ScriptedEngine(num_silent=1, failures=[(0, EngineLost("none")), (0, EngineLost("gone"))])
+    run(engine, replace(RETRY, receipt_s=0.01))
+    assert [request.is_resumed for request in engine.submissions] == [False, False, True]
 
 
 def test_prompt_tokens_are_counted_as_cached_once():
