@@ -74,8 +74,13 @@ async def kill_while_staging(target: Target) -> None:
             await asyncio.sleep(POLL_PERIOD_S / 10)
 
 
-async def stop_group(target: Target) -> None:
-    await target.stop_for((await target.processes("ExpertGroup"))[0], STOPPED_S)
+def stop_one(kind: str) -> Act:
+    """Stop a process for a while."""
+
+    async def act(target: Target) -> None:
+        await target.stop_for((await target.processes(kind))[0], STOPPED_S)
+
+    return act
 
 
 async def cut_network(target: Target) -> None:
@@ -145,7 +150,8 @@ async def _host_to_lose(target: Target) -> tuple[str, list[dict[str, Any]]]:
 FAULTS = (
     Fault("kill-group", TWO_BY_TWO, kill_one("ExpertGroup"), (SHORT_GAP,), times=5),
     Fault("kill-each-group", TWO_BY_TWO, kill_each_group, (SHORT_GAP,)),
-    Fault("stop-group", TWO_BY_TWO, stop_group),
+    Fault("stop-group", TWO_BY_TWO, stop_one("ExpertGroup")),
+    Fault("stop-engine", TWO_BY_TWO, stop_one("Engine")),
     Fault("kill-router", TWO_BY_TWO, kill_one("Router")),
     Fault("kill-engine", TWO_BY_TWO, kill_one("Engine"), (FAILOVER_GAP,), times=3),
     Fault("kill-while-staging", TWO_BY_TWO, kill_while_staging, (SHORT_GAP,), times=3),

@@ -32,19 +32,22 @@ class Run:
     trouble: str | None = None  # why it did not go as planned
 
     @property
-    def end(self) -> float:
-        """When the last stream began: from then on, fewer streams go on."""
-        return max(stream.began_at for stream in self.streams)
+    def steady(self) -> Window:
+        """From when all streams have read their first prompts until the last stream begins."""
+        return self.began_at + LEAD_S, max(stream.began_at for stream in self.streams)
 
     @property
     def windows(self) -> list[Window]:
-        return [(begin, max(end, begin + SHORTEST_WINDOW_S)) for begin, end in self.struck]
+        """Each time that the fault was done; of an undisturbed run, all of it."""
+        struck = [(begin, max(end, begin + SHORTEST_WINDOW_S)) for begin, end in self.struck]
+        return struck or [self.steady]
 
     def like_windows(self, length_s: float) -> list[Window]:
         """Return all windows of this length in an undisturbed run; the whole of it, if that is shorter."""
-        begin = self.began_at + LEAD_S
-        number = max(1, int((self.end - length_s - begin) / STRIDE_S) + 1)
-        return [(begin + STRIDE_S * i, min(begin + STRIDE_S * i + length_s, self.end)) for i in range(number)]
+        begin, end = self.steady
+        number = math.floor((end - length_s - begin) / STRIDE_S) + 1
+        starts = [begin + STRIDE_S * i for i in range(number)]
+        return [(start, start + length_s) for start in starts] or [self.steady]
 
     def tokens_per_s(self, window: Window) -> float:
         begin, end = window

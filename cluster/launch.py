@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cluster.demo import DEMO_MODELS
-from cluster.local_ray import check_port_is_free, ray_cluster
+from cluster.local_ray import check_port_is_free, joins_a_cluster, ray_cluster
 from cluster.settings import ModelSettings, Settings
 from cluster.text.huggingface import HuggingFaceTokenizer
 from cluster.text.templates import ChatTemplate
@@ -27,7 +27,8 @@ from shards.partition import all_tensors
 
 def launch(settings: Settings, console: Console) -> None:
     """Serve until SIGINT or SIGTERM, then end all that was started. Raises ValueError for a mistake."""
-    check_port_is_free(settings.http.host, settings.http.port)
+    if not joins_a_cluster():  # whose Serve may be what listens there
+        check_port_is_free(settings.http.host, settings.http.port)
     settings.http.api_keys(), settings.http.admin_keys()  # raise now, not when Ray has been started
     checkpoints = {model.name: _checkpoint(model, console) for model in settings.models}
     with _step("Checking the checkpoints", console):
@@ -42,6 +43,7 @@ def launch(settings: Settings, console: Console) -> None:
             is_ours = cleanup.enter_context(ray_cluster(settings.num_cpus))
             from cluster.actors import deploy  # imports Ray Serve, which reads its environment then
         _end_on_signals()  # again: Ray has put handlers of its own there
+        deploy.check_cluster(settings.http)  # before there is anything that we may take off it
         if not is_ours:  # ours takes everything with it
             cleanup.callback(deploy.remove)
         cleanup.callback(console.print, "Stopping ...")
@@ -51,6 +53,11 @@ def launch(settings: Settings, console: Console) -> None:
         _invite(settings, console)
         with suppress(KeyboardInterrupt):
             threading.Event().wait()
+        with suppress(KeyboardInterrupt):
+            with _step("Letting running answers end (Ctrl-C again cuts them)", console):
+                all_ended = deploy.drain(settings.http.drain_s)
+            if not all_ended:
+                console.print(f"not all did in {settings.http.drain_s:g} s (http.drain_s); they are cut")
 
 
 def _end_on_signals() -> None:
@@ -90,6 +97,13 @@ def verify(model: ModelSettings, directory: Path) -> None:
         raise ValueError(
             f"model {model.name!r} has expert_groups {model.expert_groups}, but only {config.num_experts} "
             "experts to share out"
+        )
+    slots, replicas = model.slots_per_layer(config.num_experts), config.num_experts * model.expert_replicas
+    if model.expert_groups and model.expert_groups * slots < replicas:
+        raise ValueError(
+            f"model {model.name!r} has expert_slots {slots} in expert_groups {model.expert_groups}, but "
+            f"{config.num_experts} experts with expert_replicas {model.expert_replicas} to hold; "
+            f"expert_slots must be {-(-replicas // model.expert_groups)} at least"
         )
 
 

@@ -45,6 +45,11 @@ def check_port_is_free(host: str, port: int) -> None:
         ) from None
 
 
+def joins_a_cluster() -> bool:
+    """Say whether RAY_ADDRESS names a cluster to join."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 @contextmanager
 def ray_cluster(num_cpus: int) -> Iterator[bool]:
     """Join the cluster at RAY_ADDRESS, or start one on this machine and end it in the end.
@@ -105,7 +110,8 @@ def _check_is_open(address: str) -> None:
 def _no_cluster(address: str, reason: str) -> ValueError:
     return ValueError(
         f"RAY_ADDRESS is {address!r}, but no Ray cluster answers there ({' '.join(reason.split())}); "
-        "correct it, or unset it to start Ray on this machine"
+        "correct it, or unset it to start Ray on this machine; if the cluster asks for a token, set "
+        "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
     )
 
 

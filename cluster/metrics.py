@@ -6,17 +6,22 @@ local disk, before the first import of this file, and `exposition()` in any of t
 object of a kind per process: in that mode two of them would overwrite each other's numbers.
 """
 
+import fcntl
 import os
 from pathlib import Path
+from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.mmap_dict import MmapedDict
+from prometheus_client.multiprocess import MultiProcessCollector
 
 # From one step of a small model on a fast machine to an answer that somebody waits for all day.
 _LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _TOKEN_GAP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
 _STEP_TOKEN_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+_DEAD = "dead"  # where the name of a file of metrics has a pid
 
 
 class GatewayMetrics:
@@ -193,22 +198,38 @@ def exposition(registry: CollectorRegistry = REGISTRY) -> bytes:
 
     In multiprocess mode it reads one file per process and kind of metric, so it blocks on the disk.
     """
-    directory = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
-    if directory is None:
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if folder is None:
         return generate_latest(registry)
-    _forget_dead_processes(Path(directory))
-    merged = CollectorRegistry()
-    MultiProcessCollector(merged, path=directory)  # type: ignore[no-untyped-call]  # theirs is untyped
-    return generate_latest(merged)
+    directory, merged = Path(folder), CollectorRegistry()
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # no other thread or gateway may read what is just being moved
+        for path in directory.glob("*_*.db"):
+            kind, _, pid = path.stem.rpartition("_")
+            if pid != _DEAD and not _is_alive(int(pid)):
+                _bury(path, kind)
+        MultiProcessCollector(merged, path=folder)  # type: ignore[no-untyped-call]  # theirs is untyped
+        return generate_latest(merged)
 
 
-def _forget_dead_processes(directory: Path) -> None:
-    """Remove the gauges of processes that ended without a word; their counters stay."""
-    pids = {int(path.stem.rpartition("_")[2]) for path in directory.glob("gauge_live*_*.db")}
-    for pid in pids:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            mark_process_dead(pid, path=str(directory))  # type: ignore[no-untyped-call]  # theirs, too
-        except PermissionError:
-            pass  # alive, and another user's
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
+
+
+def _bury(path: Path, kind: str) -> None:
+    """Remove a dead process's file: its gauges count no more, and its counts go to one file for all the dead.
+
+    Without that, every process that ever was would have to be read again at every scrape.
+    """
+    if not kind.startswith("gauge"):
+        counts: Any = MmapedDict(str(path.with_name(f"{kind}_{_DEAD}.db")))  # type: ignore[no-untyped-call]  # too
+        for key, value, timestamp, _ in counts.read_all_values_from_file(str(path)):
+            counts.write_value(key, counts.read_value(key)[0] + value, timestamp)
+        counts.close()
+    path.unlink()

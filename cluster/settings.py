@@ -30,6 +30,7 @@ class HttpSettings:
     api_keys_env: str | None = None
     # The same for operators; null: everyone is one if only this machine can connect, and otherwise nobody.
     admin_keys_env: str | None = None
+    drain_s: Annotated[float, Field(ge=0)] = 30.0  # at the end, for answers that run; then they are cut
 
     def api_keys(self) -> frozenset[str]:
         """Read the accepted keys from the environment; none: everyone may ask.
@@ -48,16 +49,21 @@ class HttpSettings:
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can connect."""
-        try:
-            return ip_address(self.host).is_loopback
-        except ValueError:  # a name, and only one of them is this machine everywhere
-            return self.host == "localhost"
+        return is_loopback(self.host)
 
     @property
     def url(self) -> str:
         """Where a client on this machine finds the endpoint, whichever addresses it listens on."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether a name or an address means the machine that it is used on."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:  # a name, and only one of them is this machine everywhere
+        return host == "localhost"
 
 
 def _keys(setting: str, variable: str | None) -> frozenset[str]:
@@ -200,6 +206,11 @@ def _contradiction(model: ModelSettings) -> str | None:
         return (
             f"expert_groups {groups}, which must lie between min_expert_groups {least or 1} and "
             f"max_expert_groups {most}"
+        )
+    if least is not None and least < model.expert_replicas:
+        return (
+            f"min_expert_groups {least}, but expert_replicas {model.expert_replicas}, each of which needs a "
+            "group of its own"
         )
     return None
 

@@ -7,6 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from ray import serve
 
+from cluster.actors.engine_choice import engine_name
+from cluster.actors.process_log import log_to_stderr
 from cluster.actors.reports import EngineReport, ModelReport, Process
 from cluster.actors.router_client import RouterClient
 from cluster.engine.request import Generated, GenerationRequest
@@ -20,16 +22,22 @@ class Engine:
     """One replica: the model's weights except its experts, the KV cache, and the steps."""
 
     def __init__(self, model: ModelSettings, checkpoint: str, secret: bytes) -> None:
+        log_to_stderr()
         # Not above: whoever only names this class - the command line, Serve's controller - needs no torch.
         from cluster.actors.engine_process import EngineProcess
 
-        self._name = f"{model.name}/{serve.get_replica_context().replica_tag}"
+        self._name = engine_name(model.name, serve.get_replica_context().replica_tag)
         self._router = RouterClient()
         self._process = EngineProcess(model, Path(checkpoint), secret, self._name, self._router)
         self._router.report_every(REPORT_PERIOD_S, self._report)
 
-    async def generate(self, request: GenerationRequest, gateway: str) -> Generated:
-        """Serve one request; its events go over the link to `gateway`. Cancelling this call aborts it."""
+    async def generate(
+        self, request: GenerationRequest, gateway: str, avoided: frozenset[str] = frozenset()
+    ) -> Generated:
+        """Serve one request; its events go over the link to `gateway`. Cancelling this call aborts it.
+
+        `avoided` is read by EngineChoice, on the way here.
+        """
         future = self._process.loop.submit(request, gateway)
         try:
             return await asyncio.wrap_future(future)
@@ -37,9 +45,8 @@ class Engine:
             self._process.loop.abort(request.id)
             raise
 
-    async def context_length(self) -> int:
-        """Return how many tokens prompt and answer may have here, together."""
-        return self._process.context_length
+    async def ping(self) -> None:
+        """Return, and so say that this engine answers."""
 
     async def model_report(self) -> ModelReport:
         """Return the state of all processes of the model."""

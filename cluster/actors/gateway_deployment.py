@@ -11,6 +11,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from cluster.actors.node import listen
+from cluster.actors.process_log import log_to_stderr
 from cluster.actors.ray_engine_client import RayEngineClient
 from cluster.actors.ray_errors import UNREACHABLE
 from cluster.actors.ray_expert_commands import RayExpertCommands
@@ -20,8 +21,9 @@ from cluster.metrics import GatewayMetrics
 from cluster.serve.admin import AdminAccess, progress_fields
 from cluster.serve.api import create_app
 from cluster.serve.errors import unavailable
+from cluster.serve.intake import Intake
 from cluster.serve.served_model import ServedModel
-from cluster.settings import Settings
+from cluster.settings import ModelSettings, Settings
 from cluster.text.huggingface import HuggingFaceTokenizer
 from cluster.text.templates import ChatTemplate
 from shards.config import ModelConfig
@@ -43,6 +45,8 @@ class Gateway:
         engines: dict[str, DeploymentHandle],
         admin_keys: frozenset[str] = frozenset(),
     ) -> None:
+        log_to_stderr()
+        self._intake = Intake()
         self._name = f"gateway-{uuid.uuid4().hex[:8]}"
         self._api_keys = api_keys
         # A setting that names keys is never read as "everyone", not even if the keys did not come here.
@@ -51,8 +55,7 @@ class Gateway:
         self._engines = engines
         self._receiver = TokenReceiver(listen(secret, self._name))
         self._models = {
-            model.name: await self._serve(model.name, Path(checkpoints[model.name]))
-            for model in settings.models
+            model.name: self._serve(model, Path(checkpoints[model.name])) for model in settings.models
         }
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -64,24 +67,28 @@ class Gateway:
             api_keys=self._api_keys,
             experts=RayExpertCommands(self._engines),
             admin_access=self._admin_access,
+            intake=self._intake,
         )
 
-    async def _serve(self, name: str, directory: Path) -> ServedModel:
-        """Read the model's text side, and wait for an engine to put it before."""
+    async def drain(self) -> None:
+        """Take no more requests; return when the last of those that run has been answered."""
+        await self._intake.close()
+
+    def _serve(self, model: ModelSettings, directory: Path) -> ServedModel:
+        """Read the model's text side. Whether it has an engine is a matter of each request."""
         config = ModelConfig.from_checkpoint(directory)
         tokenizer, template = (
             HuggingFaceTokenizer.from_checkpoint(directory),
             ChatTemplate.from_checkpoint(directory),
         )
-        context_length = await self._engines[name].context_length.remote()
         return ServedModel(
-            name=name,
+            name=model.name,
             tokenizer=tokenizer,
             template=template,
-            context_length=context_length,
+            context_length=model.context_length or config.context_length,
             stop_token_ids=frozenset(config.eos_token_ids),
             created=int((directory / "config.json").stat().st_mtime),
-            engine=RayEngineClient(self._engines[name], self._receiver),
+            engine=RayEngineClient(self._engines[model.name], self._receiver),
         )
 
     async def _reports(self) -> list[ModelReport]:
@@ -90,8 +97,10 @@ class Gateway:
             return list(await asyncio.gather(*calls))
 
     async def _is_ready(self) -> bool:
-        """Say whether every model has an engine that answers."""
-        calls = (engine.context_length.remote() for engine in self._engines.values())
+        """Say whether requests are taken, and every model has an engine that answers."""
+        if self._intake.is_closed:
+            return False
+        calls = (engine.ping.remote() for engine in self._engines.values())
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
                 await asyncio.gather(*calls)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.actors.process_log import log_to_stderr
 from cluster.actors.reports import Process
 from cluster.actors.shard_seat import ShardSeat
 from cluster.settings import ModelSettings
@@ -19,6 +20,7 @@ class Shard:
     """
 
     def __init__(self, model: ModelSettings, checkpoint: str, secret: bytes, seat: ShardSeat) -> None:
+        log_to_stderr()
         # Not above: an engine's process names this class before it has torch.
         from cluster.actors.shard_process import ShardProcess
 

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from cluster.serve.access import check_key
 from cluster.serve.connection import read_json
 from cluster.serve.errors import ApiError, invalid
+from cluster.settings import is_loopback
 from router.controller import Progress
 
 
@@ -38,7 +39,7 @@ class AdminAccess:
     """Who may change the deployment: who has one of `keys`; where there are none, everyone or nobody."""
 
     keys: frozenset[str] = frozenset()
-    is_open: bool = False  # to all who can connect, if there are no keys
+    is_open: bool = False  # to all on this machine, if there are no keys
 
     def check(self, request: Request) -> None:
         """Raise ApiError for who may not."""
@@ -49,6 +50,14 @@ class AdminAccess:
                 403,
                 "to change a server that other machines can reach takes an admin key, and this one has none; "
                 "set http.admin_keys_env in its configuration",
+                code="admin_keys_not_set",
+            )
+        # A web page whose own name was made to mean this machine may send anything, but not another Host.
+        elif not is_loopback(host := _host(request)):
+            raise ApiError(
+                403,
+                f"without admin keys, only who calls this server localhost or 127.0.0.1, not {host!r}, may "
+                "change it; do so, or set http.admin_keys_env in its configuration",
                 code="admin_keys_not_set",
             )
 
@@ -111,6 +120,12 @@ def admin_router(find: Callable[[str], object], commands: ExpertCommands, access
 def progress_fields(progress: Progress) -> dict[str, Any]:
     """Return what a client reads of a progress."""
     return {**asdict(progress), "is_settled": progress.is_settled}
+
+
+def _host(request: Request) -> str:
+    """Return the name by which the client calls this server, without the port."""
+    name, colon, port = request.headers.get("host", "").rpartition(":")
+    return (name if colon and port.isdecimal() else f"{name}{colon}{port}").strip("[]")
 
 
 async def _accept(command: Awaitable[Progress], param: str | None = None) -> Response:

@@ -17,6 +17,7 @@ from cluster.serve.access import check_key
 from cluster.serve.admin import AdminAccess, ExpertCommands, admin_router
 from cluster.serve.completions import Completions
 from cluster.serve.errors import ApiError, invalid, unavailable
+from cluster.serve.intake import Intake
 from cluster.serve.journal import RetryPolicy
 from cluster.serve.observer import Observer
 from cluster.serve.served_model import ServedModel
@@ -32,23 +33,28 @@ def create_app(
     experts: ExpertCommands | None = None,
     admin_access: AdminAccess | None = None,
     retry: RetryPolicy | None = None,
+    intake: Intake | None = None,
     expose: Callable[[], bytes] = exposition,
 ) -> FastAPI:
     """Build the app that serves `models` (by the name that clients use).
 
     With `api_keys`, everything under /v1 asks for one of them. With `experts`, there is an /admin for whom
-    `admin_access` lets in; by default, that is nobody. `expose` blocks and is called in a thread.
+    `admin_access` lets in; by default, that is nobody. Under /v1, nobody is let in once `intake` is
+    closed. `expose` blocks and is called in a thread.
     """
     completions = Completions(models, metrics, retry or RetryPolicy())
     # The API is OpenAI's, and so is its documentation.
     app = FastAPI(title="Tradewind", openapi_url=None, redirect_slashes=False)
-    app.add_middleware(Observer, metrics=metrics)
+    app.add_middleware((intake or Intake()).before)
+    app.add_middleware(Observer, metrics=metrics)  # around the other: what is refused is counted, too
     _word_errors(app)
 
     @app.get("/health")
     async def health() -> Response:
         if not await is_ready():
-            raise unavailable("not ready: a model has no engine that can answer")
+            raise unavailable(
+                "not ready: a model has no engine that can answer, or this server is about to end"
+            )
         return _json({"status": "ok"})
 
     @app.get("/status")

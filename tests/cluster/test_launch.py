@@ -48,6 +48,19 @@ def test_more_groups_than_experts_are_refused(checkpoint):
         verify(ModelSettings("m", "mixtral", expert_groups=5), checkpoint("mixtral"))
 
 
+@pytest.mark.parametrize(("groups", "slots", "replicas", "enough"), [(2, 1, 1, 2), (3, 2, 2, 3)])
+def test_too_few_slots_for_every_expert_are_refused(checkpoint, groups, slots, replicas, enough):
+    model = ModelSettings("m", "mixtral", expert_groups=groups, expert_slots=slots, expert_replicas=replicas)
+    sentence = f"expert_slots {slots} in expert_groups {groups}, .*; expert_slots must be {enough} at least"
+    with pytest.raises(ValueError, match=sentence):
+        verify(model, checkpoint("mixtral"))
+
+
+def test_just_enough_slots_for_every_expert_are_accepted(checkpoint):
+    model = ModelSettings("m", "mixtral", expert_groups=4, expert_slots=2, expert_replicas=2)
+    verify(model, checkpoint("mixtral"))
+
+
 def test_more_ranks_than_kv_heads_are_refused(checkpoint):
     with pytest.raises(ValueError, match=r"'m' has tensor_parallel 3, but .*llama has only 2 KV heads"):
         verify(ModelSettings("m", "llama", tensor_parallel=3), checkpoint("llama"))

@@ -57,3 +57,24 @@ metrics.step_seconds.labels("m").observe(0.02)
     assert 'tradewind_engine_preemptions_total{model="m"} 6.0' in exposed
     assert 'tradewind_engine_step_duration_seconds_count{model="m"} 3.0' in exposed
     assert 'tradewind_engine_requests_running{model="m"} 3.0' in exposed
+
+
+def test_what_dead_processes_counted_stays_and_their_files_do_not(tmp_path):
+    count = """
+from cluster.metrics import EngineMetrics, exposition
+metrics = EngineMetrics()
+metrics.running.labels("m").set(3)
+metrics.preemptions.labels("m").inc(2)
+metrics.step_seconds.labels("m").observe(0.02)
+"""
+    num_files = set()
+    for num_dead in range(4):
+        exposed = python(count + "print(exposition().decode())", tmp_path)
+        total = num_dead + 1
+        assert f'tradewind_engine_preemptions_total{{model="m"}} {2.0 * total}' in exposed
+        assert (
+            f'tradewind_engine_step_duration_seconds_bucket{{le="0.025",model="m"}} {float(total)}' in exposed
+        )
+        if num_dead:
+            num_files.add(len(list(tmp_path.glob("*.db"))))
+    assert len(num_files) == 1, f"there are more and more files: {num_files}"

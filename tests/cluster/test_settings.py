@@ -40,7 +40,8 @@ def test_what_a_file_leaves_out_has_its_default(tmp_path):
 def test_what_a_file_says_is_what_the_settings_hold(tmp_path):
     path = tmp_path / "my.yaml"
     path.write_text(
-        "http: {host: 0.0.0.0, port: 8123, gateways: 2, api_keys_env: KEYS, admin_keys_env: ADMIN}\n"
+        "http: {host: 0.0.0.0, port: 8123, gateways: 2, api_keys_env: KEYS, admin_keys_env: ADMIN,\n"
+        "       drain_s: 5}\n"
         "models:\n"
         "  - {name: a-1.5_b, checkpoint: /models/a, engines: 2, engine_threads: 4, prefix_caching: false}\n"
         "  - {name: b, checkpoint: b, expert_groups: 3, expert_threads: 2, kv_cache_tokens: 4096}\n"
@@ -52,7 +53,7 @@ def test_what_a_file_says_is_what_the_settings_hold(tmp_path):
             ModelSettings("b", "b", expert_groups=3, expert_threads=2, kv_cache_tokens=4096),
             ModelSettings("c", "c", kv_cache_fraction=0.5, expert_deadline_s=3.0),
         ),
-        HttpSettings("0.0.0.0", 8123, 2, "KEYS", "ADMIN"),
+        HttpSettings("0.0.0.0", 8123, 2, "KEYS", "ADMIN", 5.0),
     )
 
 
@@ -67,7 +68,8 @@ def test_what_a_file_says_is_what_the_settings_hold(tmp_path):
         ),
         (
             "http: {colour: red}\n" + MODELS,
-            "unknown key 'http.colour'; the keys here are host, port, gateways, api_keys_env, admin_keys_env",
+            "unknown key 'http.colour'; the keys here are host, port, gateways, api_keys_env, "
+            "admin_keys_env, drain_s",
         ),
         ("1: 2\n" + MODELS, "unknown key '1'; the keys here are models, http"),
     ],
@@ -239,6 +241,10 @@ def test_only_this_machine_connects_to_a_loopback_address(host, is_loopback):
         (
             {"min_expert_groups": 3, "max_expert_groups": 4, "expert_groups": 2},
             "between min_expert_groups 3 and max_expert_groups 4",
+        ),
+        (
+            {"min_expert_groups": 1, "max_expert_groups": 4, "expert_groups": 2, "expert_replicas": 2},
+            "min_expert_groups 1, but expert_replicas 2, each of which needs a group of its own",
         ),
     ],
 )

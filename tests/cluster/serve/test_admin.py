@@ -65,7 +65,7 @@ def client_of(commands, registry):
             experts=commands,
             admin_access=access,
         )
-        return TestClient(app)
+        return TestClient(app, base_url="http://127.0.0.1:8000")
 
     return build
 
@@ -96,6 +96,7 @@ def test_a_command_that_is_taken_is_answered_with_how_far_it_is(http):
         "lost_experts": 0,
         "imbalance": 1.25,
         "is_planned": True,
+        "failure": None,
         "is_settled": False,
     }
 
@@ -124,6 +125,31 @@ def test_a_page_in_a_browser_cannot_give_commands_unasked(http, commands, comman
     # Without asking first, it can send any body, but not with this media type.
     error_of(http.post(path(command), json=body, headers={"content-type": "text/plain"}), 415)
     assert commands.given == []
+
+
+@pytest.mark.parametrize(
+    "host", ["tradewind.example:8000", "127.0.0.1.example", "192.0.2.1:8000", "", "[::2]:1"]
+)
+@pytest.mark.parametrize(("command", "body"), COMMANDS)
+def test_a_page_whose_name_was_made_to_mean_this_machine_cannot_give_commands(
+    http, commands, command, body, host
+):
+    error = error_of(http.post(path(command), json=body, headers={"host": host}), 403)
+    assert "localhost" in error["message"]
+    assert commands.given == []
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "127.0.0.1:8000", "localhost:8000", "localhost", "[::1]:8000", "[::1]"]
+)
+def test_whoever_is_on_this_machine_can_give_commands(http, commands, host):
+    assert http.post(path("rebalance"), json={}, headers={"host": host}).status_code == 202
+
+
+def test_with_a_key_the_server_may_be_called_by_any_name(client_of):
+    headers = {"authorization": "Bearer admin", "host": "tradewind.example"}
+    http = client_of(AdminAccess(frozenset({"admin"})))
+    assert http.post(path("rebalance"), json={}, headers=headers).status_code == 202
 
 
 @pytest.mark.parametrize(("command", "body"), COMMANDS)
