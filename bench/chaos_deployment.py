@@ -50,8 +50,8 @@ class Shape:
         return int(self.model.get("tensor_parallel", 1)) - 1
 
 
-# A prompt that was seen before costs what any other does, and none is read at the expense of all streams.
-_STEADY = {"max_running": 32, "max_step_tokens": 32, "kv_cache_tokens": 16384, "prefix_caching": False}
+# Without a prefix cache, a prompt that was seen before costs what any other does.
+_LIMITS = {"max_running": 32, "kv_cache_tokens": 16384, "prefix_caching": False}
 
 
 def _sparse(**more: int) -> dict[str, Any]:
@@ -60,14 +60,16 @@ def _sparse(**more: int) -> dict[str, Any]:
         "name": "smollm2-8x135m",
         "checkpoint": "smollm2-8x135m",
         **common,
-        **_STEADY,
+        **_LIMITS,
         "expert_deadline_s": 60,
         **more,
     }
 
 
 TWO_BY_TWO = Shape("2 engines, 2 groups", _sparse())
-ONE_ENGINE = Shape("1 engine, 2 groups", _sparse(engines=1))
+ONE_ENGINE = Shape("1 engine, 2 groups", _sparse(engines=1))  # as in configs/demo.yaml
+# So that no prompt is read at the expense of all streams, whose gaps are measured.
+SMALL_STEPS = Shape("1 engine, 2 groups, small steps", _sparse(engines=1, max_step_tokens=24))
 FOUR_GROUPS = Shape("2 engines, 4 groups", _sparse(expert_groups=4))
 # With few slots to spare, so that a load that changes moves experts.
 FEW_SLOTS = Shape(
@@ -82,7 +84,7 @@ SHARDS = Shape(
         "engines": 2,
         "tensor_parallel": 2,
         "engine_threads": 1,
-        **_STEADY,
+        **_LIMITS,
     },
 )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from chaos_deployment import FEW_SLOTS, FOUR_GROUPS, HOSTS, ONE_ENGINE, SHARDS, TWO_BY_TWO, Shape
+from chaos_deployment import FEW_SLOTS, FOUR_GROUPS, HOSTS, ONE_ENGINE, SHARDS, SMALL_STEPS, TWO_BY_TWO, Shape
 from chaos_hosts import cut, mend
 from chaos_load import Request, play
 from chaos_report import Bar
@@ -148,20 +148,20 @@ async def _host_to_lose(target: Target) -> tuple[str, list[dict[str, Any]]]:
 
 
 FAULTS = (
-    Fault("kill-group", TWO_BY_TWO, kill_one("ExpertGroup"), (SHORT_GAP,), times=5),
-    Fault("kill-each-group", TWO_BY_TWO, kill_each_group, (SHORT_GAP,)),
+    Fault("kill-group", SMALL_STEPS, kill_one("ExpertGroup"), (SHORT_GAP,), times=5),
+    Fault("kill-each-group", SMALL_STEPS, kill_each_group, (SHORT_GAP,)),
+    Fault("kill-while-staging", SMALL_STEPS, kill_while_staging, (SHORT_GAP,), times=3),
+    Fault("kill-only-engine", ONE_ENGINE, kill_one("Engine")),
     Fault("stop-group", TWO_BY_TWO, stop_one("ExpertGroup")),
     Fault("stop-engine", TWO_BY_TWO, stop_one("Engine")),
     Fault("kill-router", TWO_BY_TWO, kill_one("Router")),
     Fault("kill-engine", TWO_BY_TWO, kill_one("Engine"), (FAILOVER_GAP,), times=3),
-    Fault("kill-while-staging", TWO_BY_TWO, kill_while_staging, (SHORT_GAP,), times=3),
     Fault("kill-group-and-router", TWO_BY_TWO, kill_one("ExpertGroup", "Router")),
     Fault("kill-group-and-engine", TWO_BY_TWO, kill_one("ExpertGroup", "Engine"), (FAILOVER_GAP,)),
     Fault("rolling-restart", TWO_BY_TWO, rolling_restart, (STEADY, NO_503)),
     Fault("scale", TWO_BY_TWO, scale, (STEADY, NO_503), times=3),
     Fault("rebalance", FEW_SLOTS, rebalance, (STEADY, NO_503), skew, times=4),
     Fault("kill-all-but-one", FOUR_GROUPS, kill_all_but_one),
-    Fault("kill-only-engine", ONE_ENGINE, kill_one("Engine")),
     Fault("cut-network", HOSTS, cut_network),
     Fault("lose-host", HOSTS, lose_host),  # last: it does not come back
     Fault("kill-shard", SHARDS, kill_one("Shard"), (FAILOVER_GAP,)),

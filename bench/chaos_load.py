@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count, pairwise
+from itertools import count, groupby, pairwise, repeat
 
 STREAM_DEADLINE_S = 240.0  # more than the gateway itself waits for another engine
 _WORDS = (
@@ -66,8 +66,13 @@ class Stream:
     error: str | None = None
 
     def gaps(self) -> Iterator[tuple[float, float]]:
-        """Yield, for each token but the first, when it came, and how long after the one before."""
-        return ((after, after - before) for before, after in pairwise(self.token_times))
+        """Yield, for each token but the first ones, when it came, and how long after the one before.
+
+        Tokens that only together make a character come together: they share the time since the last piece.
+        """
+        pieces = [(at, len(list(tokens))) for at, tokens in groupby(self.token_times)]
+        for (before, _), (after, number) in pairwise(pieces):
+            yield from repeat((after, (after - before) / number), number)
 
 
 def make_requests(number: int, mean_tokens: int) -> list[Request]:
