@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+from importlib import import_module
 
 _NICE = 5
 
@@ -15,3 +16,18 @@ def step_back() -> None:
     """
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + _NICE)
+
+
+def import_stepped_back(module: str) -> None:
+    """Import a module without being felt by who serves on the same cores; blocks until that is done.
+
+    Most of the start of a process is importing torch. What goes wrong is for the next import to raise.
+    """
+
+    def run() -> None:
+        step_back()
+        import_module(module)
+
+    thread = threading.Thread(target=run, name=f"import {module}")
+    thread.start()
+    thread.join()

@@ -6,7 +6,6 @@ import signal
 import threading
 import time
 from collections.abc import Iterable
-from importlib import import_module
 from pathlib import Path
 
 from cluster.actors.process_log import log_to_stderr
@@ -14,7 +13,7 @@ from cluster.actors.reports import GroupReport, Process
 from cluster.metrics import ExpertMetrics
 from router.group_state import GroupState, Slot, Wish
 from router.moves import StageOrder
-from shards.background import step_back
+from shards.background import import_stepped_back
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ class ExpertGroup:
         log_to_stderr()
         self._model = model
         self._name = name
-        _import_torch()
+        import_stepped_back("torch")
         # Not above: a router names this class, and needs no torch.
         from cluster.actors.expert_process import ExpertProcess
 
@@ -122,15 +121,3 @@ class ExpertGroup:
                 counted[expert] = num_rows
         logger.error("%s: its service has ended, and so does this group", self._name)
         os._exit(1)
-
-
-def _import_torch() -> None:
-    """Let this start be felt less by those who serve on the same cores: most of it is importing torch."""
-
-    def run() -> None:
-        step_back()
-        import_module("torch")
-
-    thread = threading.Thread(target=run, name="import torch")
-    thread.start()
-    thread.join()
