@@ -108,6 +108,10 @@ class ModelSettings:
     prefix_caching: bool = True
     expert_deadline_s: Annotated[float, Field(gt=0)] = 30.0  # wait this long for a lost expert to come back
 
+    def served_context(self, longest: int) -> int:
+        """How many tokens prompt and answer may have, together, where the checkpoint allows `longest`."""
+        return self.context_length or longest
+
     def slots_per_layer(self, num_experts: int) -> int:
         """How many of a layer's experts one group may hold."""
         fewest = min(self.expert_groups, self.min_expert_groups or self.expert_groups)

@@ -31,7 +31,7 @@ class EngineProcess:
     ) -> None:
         """Raises ValueError for a checkpoint or settings that do not fit, or if others can't be started."""
         config = ModelConfig.from_checkpoint(checkpoint)
-        context_length = model.context_length or config.context_length
+        context_length = model.served_context(config.context_length)
         num_blocks = _num_blocks(model, config, context_length, Checkpoint(checkpoint))
         self._shards: EngineShards | None = None
         if model.tensor_parallel > 1:

@@ -85,7 +85,7 @@ class Gateway:
             name=model.name,
             tokenizer=tokenizer,
             template=template,
-            context_length=model.context_length or config.context_length,
+            context_length=model.served_context(config.context_length),
             stop_token_ids=frozenset(config.eos_token_ids),
             created=int((directory / "config.json").stat().st_mtime),
             engine=RayEngineClient(self._engines[model.name], self._receiver),

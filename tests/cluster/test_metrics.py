@@ -8,6 +8,14 @@ from cluster.metrics import EngineMetrics, ExpertMetrics, GatewayMetrics, Router
 
 KINDS = (GatewayMetrics, EngineMetrics, RouterMetrics, ExpertMetrics)
 
+COUNT = """
+from cluster.metrics import EngineMetrics, exposition
+metrics = EngineMetrics()
+metrics.running.labels("m").set(3)
+metrics.preemptions.labels("m").inc(2)
+metrics.step_seconds.labels("m").observe(0.02)
+"""
+
 
 def python(code, directory):
     environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(directory)}
@@ -44,32 +52,18 @@ def test_a_single_process_exposes_its_registry():
 
 
 def test_processes_of_a_node_are_summed_and_gauges_of_the_dead_are_dropped(tmp_path):
-    count = """
-from cluster.metrics import EngineMetrics
-metrics = EngineMetrics()
-metrics.running.labels("m").set(3)
-metrics.preemptions.labels("m").inc(2)
-metrics.step_seconds.labels("m").observe(0.02)
-"""
-    python(count, tmp_path)
-    python(count, tmp_path)
-    exposed = python(count + "from cluster.metrics import exposition; print(exposition().decode())", tmp_path)
+    python(COUNT, tmp_path)
+    python(COUNT, tmp_path)
+    exposed = python(COUNT + "print(exposition().decode())", tmp_path)
     assert 'tradewind_engine_preemptions_total{model="m"} 6.0' in exposed
     assert 'tradewind_engine_step_duration_seconds_count{model="m"} 3.0' in exposed
     assert 'tradewind_engine_requests_running{model="m"} 3.0' in exposed
 
 
 def test_what_dead_processes_counted_stays_and_their_files_do_not(tmp_path):
-    count = """
-from cluster.metrics import EngineMetrics, exposition
-metrics = EngineMetrics()
-metrics.running.labels("m").set(3)
-metrics.preemptions.labels("m").inc(2)
-metrics.step_seconds.labels("m").observe(0.02)
-"""
     num_files = set()
     for num_dead in range(4):
-        exposed = python(count + "print(exposition().decode())", tmp_path)
+        exposed = python(COUNT + "print(exposition().decode())", tmp_path)
         total = num_dead + 1
         assert f'tradewind_engine_preemptions_total{{model="m"}} {2.0 * total}' in exposed
         assert (

@@ -107,6 +107,15 @@ def serving(config: Path, log: Path) -> Iterator[Deployment]:
     assert not left, f"processes left behind: {left}"
 
 
+@contextmanager
+def serving_this(config: str, folder: Path) -> Iterator[Deployment]:
+    """Do as `serving` does, with a configuration that is written to a folder first."""
+    path = folder / "config.yaml"
+    path.write_text(config)
+    with serving(path, folder / "output") as running:
+        yield running
+
+
 def wait_for(condition: Callable[[], object], what: str, deadline_s: float = 30.0) -> None:
     """Poll until `condition()` is true; fail, saying `what` did not come, after `deadline_s` seconds."""
     deadline = time.monotonic() + deadline_s

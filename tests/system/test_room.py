@@ -13,7 +13,7 @@ import openai
 import psutil
 import pytest
 
-from tests.system.demo_deployment import MODEL, Deployment, serving, wait_for
+from tests.system.demo_deployment import MODEL, Deployment, serving_this, wait_for
 
 pytestmark = pytest.mark.system
 
@@ -34,8 +34,7 @@ models:
 @pytest.fixture(scope="module")
 def one_group(sparse_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     folder = tmp_path_factory.mktemp("room")
-    (folder / "config.yaml").write_text(CONFIG)
-    with serving(folder / "config.yaml", folder / "output") as running:
+    with serving_this(CONFIG, folder) as running:
         yield running
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.demo_deployment import Deployment, serving, wait_for
+from tests.system.demo_deployment import Deployment, serving_this, wait_for
 
 pytestmark = pytest.mark.system
 
@@ -31,8 +31,7 @@ models:
 @pytest.fixture(scope="module")
 def two_engines(dense_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     folder = tmp_path_factory.mktemp("two-engines")
-    (folder / "config.yaml").write_text(CONFIG)
-    with serving(folder / "config.yaml", folder / "output") as running:
+    with serving_this(CONFIG, folder) as running:
         yield running
 
 
