@@ -48,7 +48,7 @@ from chaos_report import (
 from chaos_target import Target
 
 CALM_S = 60.0  # of undisturbed load: longer than most faults take
-PAUSE_S = 3.0  # of load between two times of one fault, and behind the last, when all is whole again
+PAUSE_S = 12.0  # of load between two times of one fault, for it to be spread evenly again
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ _LIMITS = {"max_running": 32, "kv_cache_tokens": 16384, "prefix_caching": False}
 
 
 def _sparse(**more: int) -> dict[str, Any]:
-    common = {"engines": 2, "expert_groups": 2, "expert_replicas": 2, "engine_threads": 1}
+    common = {"engines": 2, "expert_groups": 2, "expert_replicas": 2}
     return {
         "name": "smollm2-8x135m",
         "checkpoint": "smollm2-8x135m",

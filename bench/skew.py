@@ -132,6 +132,7 @@ class Fleet:
         for name, stage in orders.stage.items():
             self.groups[name].store.held |= {(order.layer, order.expert) for order in stage}
             self.num_staged += len(stage)
+        # Not orders.share: here all groups compute on the threads of this process.
         for name, slots in orders.free.items():
             self.groups[name].store.held -= slots
         return self._controller.progress(self._now_s).is_settled

@@ -98,7 +98,7 @@ class ModelSettings:
     expert_busy: Annotated[float, Field(gt=0, lt=1)] = 0.5  # share of time that a group should compute, then
     expert_slots: Count | None = None  # experts of a layer that a group may hold; null: what it takes + 1
     engine_threads: Annotated[int, Field(ge=0)] = 0  # of each such process; 0: they share the node's cores
-    expert_threads: Count = 1
+    expert_threads: Annotated[int, Field(ge=0)] = 0  # of each group; 0: groups share the node's cores
     max_running: Count = 64  # requests that share a step
     max_waiting: Annotated[int, Field(ge=0)] = 256  # requests beyond those; one more gets HTTP 429
     max_step_tokens: Count = 512  # tokens that share a step; a longer prompt is read in several
@@ -128,6 +128,11 @@ class ModelSettings:
         """The logical CPUs that one process of an engine asks Ray for."""
         return self.engine_threads or 1
 
+    @property
+    def expert_cpus(self) -> int:
+        """The logical CPUs that an expert group asks Ray for."""
+        return self.expert_threads or 1
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -146,7 +151,7 @@ class Settings:
         replaced.
         """
         engines = sum(m.engines * m.tensor_parallel * m.engine_cpus for m in self.models)
-        groups = sum(m.most_expert_groups * m.expert_threads for m in self.models)
+        groups = sum(m.most_expert_groups * m.expert_cpus for m in self.models)
         return self.http.gateways + engines + groups
 
     def on(self, host: str | None, port: int | None) -> "Settings":

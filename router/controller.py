@@ -3,6 +3,7 @@
 No clock, no process and no socket is in here: what is seen comes in, what should be done goes out.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import count, islice
@@ -36,6 +37,7 @@ class Orders:
     let_go: tuple[str, ...] = ()  # those that nobody needs: they may end in peace
     stage: Mapping[str, tuple[StageOrder, ...]] = field(default_factory=dict)
     free: Mapping[str, frozenset[Slot]] = field(default_factory=dict)
+    share: Mapping[str, int] = field(default_factory=dict)  # cores, with how many groups
 
 
 @dataclass(frozen=True)
@@ -143,11 +145,12 @@ class Controller:
         active = groups[Standing.LIVE] + groups[Standing.DRAINING]
         self._plan(groups, now_s)
         stage = self._stage(active, now_s)
+        share = self._share(active)
         asked_for = self._publish(groups)
         free, let_go = self._release(groups, asked_for, now_s)
         for name in (*abandoned, *let_go):
             self._members.remove(name)
-        return Orders(start, (*kill, *abandoned), let_go, stage, free)
+        return Orders(start, (*kill, *abandoned), let_go, stage, free, share)
 
     def progress(self, now_s: float) -> Progress:
         """Return how far things are."""
@@ -230,6 +233,17 @@ class Controller:
                 if member.state and member.num_retries >= MAX_FAILURES:
                     self._fail(f"expert group {member.name} can't stage {member.state.failure}")
         return orders
+
+    def _share(self, active: list[Member]) -> dict[str, int]:
+        """Return whom to tell how many groups have its host's cores.
+
+        Those that are not filled yet do not count: the others do their work.
+        """
+        working = Counter(
+            member.host for member in active if member.held >= self._target.get(member.name, frozenset())
+        )
+        wanted = {member.name: max(working[member.host], 1) for member in active}
+        return {m.name: wanted[m.name] for m in active if m.state and m.state.num_sharing != wanted[m.name]}
 
     def _fail(self, reason: str) -> None:
         """Tell engines that wait for a first placement why there will be none.

@@ -31,3 +31,4 @@ class GroupState:
     is_leaving: bool = False  # its system (SIGTERM) or a router wants it to end; it serves until it is let go
     failure: str | None = None  # why something that it was told to stage is not there
     number: int = 0  # counts its answers: of two, the one with the higher number was given later
+    num_sharing: int = 1  # groups that its host's cores are for, itself included, as it was told last

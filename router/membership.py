@@ -6,6 +6,7 @@ from enum import Enum
 
 from router.backoff import pause_s
 from router.group_state import GroupState, Slot
+from router.links.address import Address
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +55,10 @@ class Member:
     @property
     def staging(self) -> frozenset[Slot]:
         return self.state.staging if self.state else frozenset()
+
+    @property
+    def host(self) -> str | None:
+        return Address.parse(self.state.address).host_id if self.state else None
 
     def told_to_stage(self, now_s: float) -> None:
         """Note an order to stage; if the last one failed, the next has to wait, for longer and longer."""

@@ -20,6 +20,7 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, Deplo
 from cluster.actors.engine_choice import EngineChoice
 from cluster.actors.engine_deployment import Engine
 from cluster.actors.gateway_deployment import Gateway
+from cluster.actors.quiet_start import QUIET_START
 from cluster.actors.router_actor import NAMESPACE, Router
 from cluster.actors.router_client import ROUTER
 from cluster.local_ray import check_port_is_free
@@ -140,7 +141,7 @@ def _engine(model: ModelSettings, checkpoint: Path, secret: bytes) -> "serve.Dep
         max_ongoing_requests=UNBOUNDED,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         request_router_config=RequestRouterConfig(request_router_class=EngineChoice),
-        ray_actor_options={"num_cpus": model.engine_cpus},
+        ray_actor_options={"num_cpus": model.engine_cpus, "runtime_env": QUIET_START},
         deployment_actors=[
             DeploymentActorConfig(
                 name=ROUTER,

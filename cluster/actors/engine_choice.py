@@ -1,28 +1,48 @@
-"""Which engine gets a request: Serve's power of two choices, but not an engine that seems to be lost."""
+"""Which engine gets a request: the one with the fewest of this gateway's, but not one that seems lost."""
 
 import random
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import Any
 
-from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 
 class EngineChoice(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray has no types
     """Serve's request router for the handles of engines; runs in the gateways.
 
-    Of the two engines that it chooses, Serve takes the one with fewer requests. A stopped engine has fewest:
-    those that were lost with it no longer count. So whoever calls names the engines to avoid.
+    Serve's own asks two engines how many requests they have, and goes without the answer of one that is slow:
+    of one in a long step, say. A gateway knows what it has sent; if each spreads its own requests evenly, all
+    are. A stopped engine has fewest, since those that were lost with it no longer count. So whoever calls
+    names the engines to avoid.
     """
+
+    def initialize_state(self, **kwargs: Any) -> None:
+        """Begin without requests; Serve calls this once."""
+        self._num_open: Counter[ReplicaID] = Counter()
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Return two engines at most; avoided ones only if there is no other."""
+        """Return an engine, and another in case it is out of reach; avoided ones if there is no other."""
         avoided: Collection[str] = ()
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # else Serve asks again without a pause
             avoided = pending_request.kwargs.get("avoided", ())
         tags = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        return [[tags[tag] for tag in two_of(tags, avoided)]]
+        num_open = {tag: self._num_open[replica.replica_id] for tag, replica in tags.items()}
+        return [[tags[tag]] for tag in least_busy(num_open, avoided)]
+
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        """Count a request that was sent to an engine."""
+        super().on_send_request(replica_id)
+        self._num_open[replica_id] += 1
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Count it no more, however it ended."""
+        self._num_open[replica_id] -= 1
+        if self._num_open[replica_id] <= 0:
+            del self._num_open[replica_id]  # engines come and go
 
 
 def engine_name(model: str, replica_tag: str) -> str:
@@ -30,8 +50,11 @@ def engine_name(model: str, replica_tag: str) -> str:
     return f"{model}/{replica_tag}"
 
 
-def two_of(tags: Collection[str], avoided: Collection[str]) -> list[str]:
-    """Draw two of the replica tags at most: of engines not in `avoided`, unless there are no others."""
+def least_busy(num_open: Mapping[str, int], avoided: Collection[str]) -> list[str]:
+    """Return the two replica tags with the fewest open requests, fewest first.
+
+    Of engines not in `avoided`, unless there are no others; of equals, any.
+    """
     lost = {name.rpartition("/")[2] for name in avoided}
-    kept = [tag for tag in tags if tag not in lost] or list(tags)
-    return random.sample(kept, min(2, len(kept)))
+    kept = [tag for tag in num_open if tag not in lost] or list(num_open)
+    return sorted(random.sample(kept, len(kept)), key=lambda tag: num_open[tag])[:2]

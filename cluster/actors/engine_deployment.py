@@ -14,7 +14,6 @@ from cluster.actors.router_client import RouterClient
 from cluster.engine.request import Generated, GenerationRequest
 from cluster.settings import ModelSettings
 from router.controller import Progress
-from shards.background import import_stepped_back
 
 REPORT_PERIOD_S = 0.5
 
@@ -24,7 +23,6 @@ class Engine:
 
     def __init__(self, model: ModelSettings, checkpoint: str, secret: bytes) -> None:
         log_to_stderr()
-        import_stepped_back("torch")
         # Not above: whoever only names this class - the command line, Serve's controller - needs no torch.
         from cluster.actors.engine_process import EngineProcess
 

@@ -11,6 +11,7 @@ from ray.exceptions import RayError
 from torch import Tensor
 
 from cluster.actors.node import listen, node_address
+from cluster.actors.quiet_start import QUIET_START
 from cluster.actors.rank import DispatchReport, step_timeout_s
 from cluster.actors.reports import Process
 from cluster.actors.shard_actor import Shard as ShardActor
@@ -61,7 +62,9 @@ class EngineShards:
         self._timeout_s = step_timeout_s(model)
         self._listener = listen(secret, name)
         self._meeting_point = MeetingPoint(node_address())
-        actor = ray.remote(ShardActor).options(num_cpus=model.engine_cpus, max_concurrency=ACTOR_THREADS)
+        actor = ray.remote(ShardActor).options(
+            num_cpus=model.engine_cpus, max_concurrency=ACTOR_THREADS, runtime_env=QUIET_START
+        )
         self._actors = []
         for rank in range(1, model.tensor_parallel):
             seat = ShardSeat(

@@ -13,7 +13,6 @@ from cluster.actors.reports import GroupReport, Process
 from cluster.metrics import ExpertMetrics
 from router.group_state import GroupState, Slot, Wish
 from router.moves import StageOrder
-from shards.background import import_stepped_back
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +31,6 @@ class ExpertGroup:
         log_to_stderr()
         self._model = model
         self._name = name
-        import_stepped_back("torch")
         # Not above: a router names this class, and needs no torch.
         from cluster.actors.expert_process import ExpertProcess
 
@@ -60,6 +58,11 @@ class ExpertGroup:
         self._process.stager.free(slots)
         return self._state()
 
+    def share(self, num_groups: int) -> GroupState:
+        """Use the cores that each of `num_groups` groups on this host has; return the new state."""
+        self._process.share_cores(num_groups)
+        return self._state()
+
     def report(self) -> GroupReport:
         """Return what this group holds and has done, for people."""
         layers: dict[int, int] = {}
@@ -70,6 +73,7 @@ class ExpertGroup:
             dict(sorted(layers.items())),
             self._rows_by_expert(),
             self._process.service.num_links,
+            self._process.num_threads,
         )
 
     def _state(self) -> GroupState:
@@ -87,6 +91,7 @@ class ExpertGroup:
                 staging=staging - held,
                 staged_bytes=stager.bytes_from_peers + stager.bytes_from_checkpoint,
                 busy_s=service.busy_s,
+                num_sharing=self._process.num_sharing,
                 wish=self._wish,
                 is_leaving=self._is_leaving,
                 failure=stager.last_failure,

@@ -9,15 +9,17 @@ from cluster.actors.node import listen
 from router.links.address import Address
 from router.links.base import Link, LinkLost
 from router.links.stream import connect
+from shards.background import in_foreground
 from shards.checkpoint import Checkpoint
 from shards.config import ModelConfig
+from shards.cores import usable_cores
 from shards.expert_service import ExpertService
 from shards.expert_store import ExpertStore
 from shards.kernels.cpu import set_threads
 from shards.staging import Stager
 
 
-@dataclass(frozen=True)
+@dataclass
 class ExpertProcess:
     """An expert group at work: it holds nothing at first, and is told what to stage."""
 
@@ -25,27 +27,42 @@ class ExpertProcess:
     store: ExpertStore
     service: ExpertService
     stager: Stager
+    fixed_threads: int  # 0: as many as its share of the cores
+    num_threads: int = 1  # that it computes with now
+    num_sharing: int = 1  # groups that this host's cores are for
 
     @classmethod
     def start(
         cls, name: str, checkpoint: Path, num_slots: int, num_threads: int, secret: bytes
     ) -> "ExpertProcess":
         """Listen and serve. Raises BrokenCheckpoint."""
-        # It shares the node's cores with engines that wait for it: it must not spin while it waits for them.
-        set_threads(num_threads, spin_us=0)
         torch.set_num_threads(1)  # what torch does here is too small to share out
         config = ModelConfig.from_checkpoint(checkpoint)
         store = ExpertStore(num_slots)
-        stager = Stager(
-            store,
-            Checkpoint(checkpoint),
-            config,
-            lambda address: _connect_to_sibling(address, secret, name),
+        stager = in_foreground(  # from where it steps back by itself
+            lambda: Stager(
+                store,
+                Checkpoint(checkpoint),
+                config,
+                lambda address: _connect_to_sibling(address, secret, name),
+            )
         )
         listener = listen(secret, name)
         service = ExpertService(store, listener, config.hidden_size)
-        service.start()
-        return cls(str(listener.address), store, service, stager)
+        in_foreground(service.start)
+        process = cls(str(listener.address), store, service, stager, num_threads)
+        process.share_cores(1)
+        return process
+
+    def share_cores(self, num_groups: int) -> None:
+        """Compute with this group's share of the host's cores, unless the number of threads is settled.
+
+        Waits for a product that runs.
+        """
+        self.num_sharing = num_groups
+        self.num_threads = self.fixed_threads or max(1, usable_cores() // num_groups)
+        # Engines on the same cores wait for this group: it must not spin while it waits for them.
+        in_foreground(lambda: set_threads(self.num_threads, spin_us=0))
 
 
 def _connect_to_sibling(address: str, secret: bytes, name: str) -> Link:

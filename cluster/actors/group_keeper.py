@@ -114,6 +114,9 @@ class GroupKeeper:
         for name, slots in orders.free.items():
             if handle := self._handles.get(name):
                 self._spawn(self._order(name, handle, handle.free.remote(slots)))
+        for name, num_groups in orders.share.items():
+            if handle := self._handles.get(name):
+                self._spawn(self._order(name, handle, handle.share.remote(num_groups)))
 
     def _watch(self, name: str, handle: ActorHandle) -> None:
         self._handles[name] = handle

@@ -17,6 +17,7 @@ from router.groups.base import TensorGroup
 from router.links.address import Address
 from router.links.pool import LinkPool
 from router.links.stream import connect
+from shards.background import in_foreground
 from shards.checkpoint import Checkpoint
 from shards.config import ModelConfig
 from shards.cores import usable_cores
@@ -68,7 +69,7 @@ def load_rank(
     config = ModelConfig.from_checkpoint(checkpoint)
     is_alone = group.size == 1 and not model.expert_groups
     threads = model.engine_threads or max(1, usable_cores() // group.size)
-    set_threads(threads, SPIN_US_ALONE if is_alone else 0)
+    in_foreground(lambda: set_threads(threads, SPIN_US_ALONE if is_alone else 0))
     torch.set_num_threads(1)  # what torch does here is too small to share out
     dispatcher = None
     if model.expert_groups:

@@ -43,6 +43,7 @@ class GroupReport:
     experts: dict[int, int]  # expert -> layers of it that are held here
     rows: dict[int, int]  # expert -> rows computed since the group started, over all layers
     num_links: int
+    num_threads: int  # that it computes with
 
 
 @dataclass(frozen=True)

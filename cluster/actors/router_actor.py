@@ -19,6 +19,7 @@ from ray.actor import ActorHandle
 from cluster.actors.expert_group import ExpertGroup
 from cluster.actors.group_keeper import GroupKeeper
 from cluster.actors.process_log import log_to_stderr
+from cluster.actors.quiet_start import QUIET_START
 from cluster.actors.reports import EngineReport, ModelReport, Process
 from cluster.metrics import RouterMetrics
 from cluster.settings import ModelSettings
@@ -126,7 +127,8 @@ class Router:
             namespace=NAMESPACE,
             scheduling_strategy="SPREAD",  # over nodes, which may die, too
             lifetime="detached",  # it outlives this router; if nobody is linked to it, it ends itself
-            num_cpus=self._model.expert_threads,
+            num_cpus=self._model.expert_cpus,
+            runtime_env=QUIET_START,
             max_concurrency=4,
         )
         model = self._model

@@ -16,6 +16,7 @@ from router.links.address import Address
 from router.links.base import LinkLost
 from router.links.stream import connect
 from router.pushed_placements import PushedPlacements
+from shards.background import in_foreground
 from shards.step_wire import decode_step
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class ShardProcess:
         )
         self._rank = load_rank(model, checkpoint, seat.num_blocks, group, self.placements, secret, seat.name)
         self._link = connect(Address.parse(seat.engine_address), secret, seat.name)
-        threading.Thread(target=self._run, name="shard-steps", daemon=True).start()
+        in_foreground(threading.Thread(target=self._run, name="shard-steps", daemon=True).start)
 
     def report(self) -> DispatchReport | None:
         """Say what this rank's dispatcher has done since this was last asked; None if it has none."""

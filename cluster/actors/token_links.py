@@ -19,6 +19,7 @@ from router.links.address import Address
 from router.links.base import Frame, Kind, Link, LinkLost
 from router.links.listener import Listener
 from router.links.stream import connect
+from shards.background import in_foreground
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class TokenSender:
                 link = threading.Thread(
                     target=self._run, args=(gateway, outbox), name="token-link", daemon=True
                 )
-                link.start()
+                in_foreground(link.start)
             outbox.put(events)
 
     def close(self) -> None:

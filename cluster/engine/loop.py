@@ -12,6 +12,7 @@ from queue import Empty, SimpleQueue
 from cluster.engine.engine import Engine
 from cluster.engine.observer import EngineObserver
 from cluster.engine.request import EngineFull, EngineStopped, Generated, GenerationRequest, TokenEvent
+from shards.background import in_foreground
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class EngineLoop:
         self.failure: BaseException | None = None  # why the thread ended, if it was not asked to
         observer.saw_stats(engine.stats())
         self._thread = threading.Thread(target=self._run, name="engine-steps", daemon=True)
-        self._thread.start()
+        in_foreground(self._thread.start)
 
     def submit(self, request: GenerationRequest, gateway: str) -> "Future[Generated]":
         """Queue a request, and let its gateway know at once. The future ends with the request.

@@ -71,7 +71,7 @@ def render(status: Mapping[str, Any]) -> Group:
                 processes,
                 group["process"],
                 f"experts {', '.join(group['experts'])}; {sum(group['rows'].values()):,} rows, "
-                f"{group['num_links']} links",
+                f"{group['num_links']} links, {group['num_threads']} threads",
             )
         if model["groups"]:
             tables.append(_experts(model))

@@ -102,6 +102,7 @@ class LiveGroup:
         self._wish = Wish(0, 0)
         self._is_leaving = False
         self._num_answers = 0
+        self._num_sharing = 1
         self._answering = threading.Lock()
         self._calls = ThreadPoolExecutor(2, f"calls of {name}")
 
@@ -127,6 +128,13 @@ class LiveGroup:
             return self._state()
 
         return self._call(stage)
+
+    def share(self, num_groups: int) -> "Future[GroupState]":
+        def share() -> GroupState:
+            self._num_sharing = num_groups
+            return self._state()
+
+        return self._call(share)
 
     def free(self, slots: Iterable[Slot]) -> "Future[GroupState]":
         def free() -> GroupState:
@@ -198,6 +206,7 @@ class LiveGroup:
                 self._is_leaving,
                 self.stager.last_failure,
                 self._num_answers,
+                self._num_sharing,
             )
 
     def _connect(self, address: str) -> Link:

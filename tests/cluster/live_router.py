@@ -189,6 +189,9 @@ class LiveRouter:
         for name, slots in orders.free.items():
             if kept := self._kept.get(name):
                 self._expect(kept, kept.group.free(slots))
+        for name, num_groups in orders.share.items():
+            if kept := self._kept.get(name):
+                self._expect(kept, kept.group.share(num_groups))
 
     def _tell_engines(self) -> None:
         """Do what the engines' long polls do."""

@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass, field
+from itertools import cycle
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from router.autoscale import AutoscalePolicy
 from router.controller import Controller
 from router.epochs import Epochs
 from router.group_state import GroupState, Slot, Wish
+from router.links.address import Address
 from router.placement import Placement
 from router.policy import Policy
 
@@ -38,10 +40,12 @@ class SimulatedGroup:
     failure: str | None = None
     num_orders: int = 0  # to stage
     num_answers: int = 0
+    host: str = "host"
+    num_sharing: int = 1
 
     @property
     def address(self) -> str:
-        return f"{self.name}#{self.process}"
+        return str(Address(self.host, f"/{self.name}#{self.process}", "127.0.0.1", 1))
 
     @property
     def answers(self) -> bool:
@@ -61,6 +65,7 @@ class SimulatedGroup:
             is_leaving=self.is_leaving,
             failure=self.failure,
             number=self.num_answers,
+            num_sharing=self.num_sharing,
         )
 
 
@@ -93,6 +98,7 @@ class Fleet:
         self.work = 0.0  # in groups that compute all the time
         self.now_s = 0.0
         self.num_started = 0
+        self.hosts = cycle(["host"])  # of groups that are started, in turn
         self.groups: dict[str, SimulatedGroup] = {}
         self.lost: list[str] = []  # dead, and the router has not been told yet
         self.engines = [SimulatedEngine("engine 0"), SimulatedEngine("engine 1")]
@@ -178,7 +184,9 @@ class Fleet:
             assert name not in self.groups, f"{name} was started twice"
             num_slots = NUM_LAYERS * self.policy.slots_per_layer + SPARE_SLOTS
             self.num_started += 1
-            self.groups[name] = SimulatedGroup(name, self.num_started, num_slots, self.start_steps)
+            self.groups[name] = SimulatedGroup(
+                name, self.num_started, num_slots, self.start_steps, host=next(self.hosts)
+            )
         for name, stage in orders.stage.items():
             group = self.groups.get(name)
             if group:
@@ -187,6 +195,9 @@ class Fleet:
                 slot = order.layer, order.expert
                 if slot not in group.held and slot not in group.queue:
                     group.queue[slot] = order.peer
+        for name, num_groups in orders.share.items():
+            if group := self.groups.get(name):
+                group.num_sharing = num_groups
         for name, slots in orders.free.items():
             if group := self.groups.get(name):
                 group.held -= slots

@@ -2,7 +2,8 @@
 
     python other_job.py ADDRESS
 
-It says "waiting" when it has all that are free and stands in line for the next, and ends with its input.
+It says "waiting" when it has all that are free and stands in line for the next, "there was another CPU" when
+it has that, too, and ends with its input.
 """
 
 import sys
@@ -22,8 +23,12 @@ def main() -> None:
     first = [Worker.remote() for _ in range(num_free)]
     ray.get([worker.is_here.remote() for worker in first])
     next_in_line = Worker.remote()
-    arrived, _ = ray.wait([next_in_line.is_here.remote()], timeout=2)
-    print("waiting" if not arrived else "there was another CPU", flush=True)
+    arrival = next_in_line.is_here.remote()
+    arrived, _ = ray.wait([arrival], timeout=2)
+    if not arrived:
+        print("waiting", flush=True)
+        ray.get(arrival)
+    print("there was another CPU", flush=True)
     sys.stdin.read()
 
 

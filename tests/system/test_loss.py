@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from shards.cores import usable_cores
 from tests.system.demo_deployment import MODEL, Deployment, wait_for
 
 pytestmark = pytest.mark.system
@@ -35,6 +36,21 @@ def pids(deployment: Deployment, kind: str) -> set[int]:
         "engine": [engine["process"] for engine in model["engines"]],
     }
     return {process["pid"] for process in processes[kind]}
+
+
+def threads(deployment: Deployment) -> dict[int, int]:
+    """Return with how many threads each group computes, by pid."""
+    (model,) = deployment.status()["models"]
+    return {group["process"]["pid"]: group["num_threads"] for group in model["groups"]}
+
+
+def test_a_group_computes_on_the_cores_of_a_dead_one_until_that_is_replaced(deployment: Deployment) -> None:
+    cores = usable_cores()
+    wait_for(lambda: [*threads(deployment).values()] == [max(1, cores // 2)] * 2, "halves", deadline_s=60)
+    victim, survivor = threads(deployment)
+    os.kill(victim, signal.SIGKILL)
+    wait_for(lambda: threads(deployment).get(survivor) == cores, "all of the cores for one", deadline_s=30)
+    wait_for(lambda: [*threads(deployment).values()] == [max(1, cores // 2)] * 2, "halves", deadline_s=60)
 
 
 @pytest.mark.parametrize("victim", ["expert group", "router", "engine"])

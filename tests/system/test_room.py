@@ -1,6 +1,7 @@
 """A cluster with room for more expert groups uses it under load, and one without room says so, and waits."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -39,8 +40,8 @@ def one_group(sparse_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @contextmanager
-def other_job(deployment: Deployment) -> Iterator[None]:
-    """Have somebody else use all CPUs of the cluster that no actor of ours has, or that one leaves."""
+def other_job_instead_of_a_group(deployment: Deployment) -> Iterator[None]:
+    """Kill the group, and have somebody else use its CPU, and all others that no actor of ours has."""
     script = Path(__file__).with_name("other_job.py")
     with subprocess.Popen(
         [sys.executable, script, ray_address(deployment)],
@@ -51,6 +52,13 @@ def other_job(deployment: Deployment) -> Iterator[None]:
     ) as job:
         assert job.stdout
         assert job.stdout.readline() == "waiting\n"
+        killed: set[int] = set()
+        while not select.select([job.stdout], [], [], 0)[0]:  # a replacement may come before it, each time
+            for pid in set(groups(deployment)) - killed:
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+            time.sleep(0.1)
+        assert job.stdout.readline() == "there was another CPU\n"
         yield
         job.communicate()
 
@@ -73,8 +81,7 @@ def test_a_cluster_too_small_to_restore_an_expert_waits_then_says_503_and_recove
     one_group: Deployment,
 ) -> None:
     undisturbed = "".join(one_group.story(MODEL, NUM_TOKENS))
-    with other_job(one_group):
-        os.kill(groups(one_group)[0], signal.SIGKILL)
+    with other_job_instead_of_a_group(one_group):
         asked_at = time.monotonic()
         with pytest.raises(openai.InternalServerError) as refusal:
             list(one_group.story(MODEL, NUM_TOKENS))

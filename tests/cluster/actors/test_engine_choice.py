@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter
 
-from cluster.actors.engine_choice import EngineChoice, engine_name, two_of
+from cluster.actors.engine_choice import EngineChoice, engine_name, least_busy
 
 TAGS = ["aaa", "bbb", "ccc"]
 
@@ -14,22 +14,26 @@ def names(*tags: str) -> frozenset[str]:
     return frozenset(engine_name("model", tag) for tag in tags)
 
 
-def test_two_are_drawn_and_each_gets_its_turn() -> None:
-    draws = [two_of(TAGS, ()) for _ in range(200)]
+def test_the_two_with_the_fewest_requests_are_chosen_fewest_first() -> None:
+    assert least_busy({"aaa": 3, "bbb": 1, "ccc": 2}, ()) == ["bbb", "ccc"]
+
+
+def test_of_equals_each_gets_its_turn() -> None:
+    draws = [least_busy(dict.fromkeys(TAGS, 0), ()) for _ in range(200)]
     assert {len(set(draw)) for draw in draws} == {2}
-    assert {tag for draw in draws for tag in draw} == set(TAGS)
+    assert {draw[0] for draw in draws} == set(TAGS)
 
 
-def test_an_avoided_engine_is_not_drawn() -> None:
-    assert {tag for _ in range(200) for tag in two_of(TAGS, names("bbb"))} == {"aaa", "ccc"}
+def test_an_avoided_engine_is_not_chosen_however_few_requests_it_has() -> None:
+    assert least_busy({"aaa": 9, "bbb": 0, "ccc": 8}, names("bbb")) == ["ccc", "aaa"]
 
 
-def test_the_only_engine_is_drawn_even_if_it_is_avoided() -> None:
-    assert two_of(["aaa"], names("aaa", "gone")) == ["aaa"]
+def test_the_only_engine_is_chosen_even_if_it_is_avoided() -> None:
+    assert least_busy({"aaa": 1}, names("aaa", "gone")) == ["aaa"]
 
 
-def test_without_engines_none_is_drawn() -> None:
-    assert two_of([], names("gone")) == []
+def test_without_engines_none_is_chosen() -> None:
+    assert least_busy({}, names("gone")) == []
 
 
 @dataclass(frozen=True)
@@ -37,14 +41,43 @@ class Replica:
     replica_id: ReplicaID
 
 
+REPLICAS = [Replica(ReplicaID(tag, None)) for tag in TAGS]
+
+
+def choice_without_serve() -> EngineChoice:
+    choice = object.__new__(EngineChoice)  # what it chooses depends on no state of Serve's
+    choice._use_replica_queue_len_cache = False
+    choice.initialize_state()
+    return choice
+
+
 def test_what_the_call_says_to_avoid_is_avoided_also_when_serve_asks_again() -> None:
     async def run() -> None:
-        choice = object.__new__(EngineChoice)  # what it chooses depends on no state of Serve's
-        replicas = [Replica(ReplicaID(tag, None)) for tag in TAGS]
+        choice = choice_without_serve()
         request = PendingRequest([], {"avoided": names("aaa", "ccc")}, metadata=None)
         for _ in range(20):
-            assert await choice.choose_replicas(replicas, request) == [[replicas[1]]]
+            assert await choice.choose_replicas(REPLICAS, request) == [[REPLICAS[1]]]
         assert request.routing_context.should_backoff, "Serve would ask again and again without a pause"
 
     assert issubclass(EngineChoice, RequestRouter)
+    asyncio.run(run())
+
+
+def test_requests_are_spread_evenly_and_count_until_they_end() -> None:
+    async def run() -> None:
+        choice = choice_without_serve()
+        sent = []
+        for _ in range(12):
+            [[engine], *_] = await choice.choose_replicas(REPLICAS)
+            choice.on_send_request(engine.replica_id)
+            sent.append(engine)
+        assert {engine: sent.count(engine) for engine in REPLICAS} == dict.fromkeys(REPLICAS, 4)
+
+        for _ in range(4):
+            choice.on_request_completed(REPLICAS[1].replica_id, "a request")
+        for _ in range(4):
+            [[engine], *_] = await choice.choose_replicas(REPLICAS)
+            assert engine is REPLICAS[1]
+            choice.on_send_request(engine.replica_id)
+
     asyncio.run(run())

@@ -68,6 +68,8 @@ class Group:
         self.state = Method(self._state)
         self.stage = Method(self._stage)
         self.free = Method(self._free)
+        self.share = Method(self._share)
+        self.num_sharing = 1
 
     def go_on(self) -> None:
         """Answer what was asked meanwhile."""
@@ -95,6 +97,10 @@ class Group:
         self.held -= slots
         return self._answer()
 
+    def _share(self, num_groups: int) -> Call:
+        self.num_sharing = num_groups
+        return self._answer()
+
     def _answer(self) -> Call:
         call = Call()
         if self.died_of:
@@ -115,6 +121,7 @@ class Group:
             staged_bytes=self.num_staged * EXPERT_BYTES,
             busy_s=0.0,
             wish=self.wish,
+            num_sharing=self.num_sharing,
         )
 
 
@@ -184,6 +191,17 @@ def test_groups_are_started_filled_and_published(tmp_path: Path):
             assert [group.name for group in cluster.groups] == ["m/0", "m/1"]
             assert all(len(group.held) == 8 for group in cluster.groups)
             assert sorted(cluster.published) == sorted(str(g.listener.address) for g in cluster.groups)
+
+    asyncio.run(run())
+
+
+def test_groups_are_told_how_many_share_their_cores(tmp_path: Path):
+    async def run() -> None:
+        async with running(tmp_path) as cluster:
+            await cluster.settled()
+            await cluster.until(lambda: [g.num_sharing for g in cluster.groups] == [2, 2], "sharing")
+            cluster.groups[0].die()
+            await cluster.until(lambda: cluster.groups[1].num_sharing == 1, "the survivor's share of cores")
 
     asyncio.run(run())
 

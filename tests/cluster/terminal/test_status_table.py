@@ -19,12 +19,14 @@ GROUPS = [
         "experts": {"0": 30, "10": 30},
         "rows": {"0": 1500, "10": 500},
         "num_links": 2,
+        "num_threads": 1,
     },
     {
         "process": process("ExpertGroup", "group-1", 402),
         "experts": {"2": 29},
         "rows": {},
         "num_links": 1,
+        "num_threads": 2,
     },
 ]
 ENGINE = {
@@ -99,8 +101,8 @@ def test_a_row_says_what_its_process_does():
         "HTTP, text, journal",
         "epoch 4; 2 of 4 groups live, 1 starting, 118 copies to go; imbalance 1.08",
         "81.2 tokens/s, 7 running, 3 waiting, 12 of 640 KV blocks",
-        "experts 0, 10; 2,000 rows, 2 links",
-        "experts 2; 0 rows, 1 links",
+        "experts 0, 10; 2,000 rows, 2 links, 1 threads",
+        "experts 2; 0 rows, 1 links, 2 threads",
     ]
 
 
