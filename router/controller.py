@@ -237,12 +237,13 @@ class Controller:
     def _share(self, active: list[Member]) -> dict[str, int]:
         """Return whom to tell how many groups have its host's cores.
 
-        Those that are not filled yet do not count: the others do their work.
+        One that was never filled does not count for the others, who do its work.
         """
-        working = Counter(
-            member.host for member in active if member.held >= self._target.get(member.name, frozenset())
-        )
-        wanted = {member.name: max(working[member.host], 1) for member in active}
+        for member in active:
+            target = self._target.get(member.name, frozenset())
+            member.is_filled |= bool(target) and member.held >= target
+        filled = Counter(member.host for member in active if member.is_filled)
+        wanted = {m.name: filled[m.host] + (not m.is_filled) for m in active}
         return {m.name: wanted[m.name] for m in active if m.state and m.state.num_sharing != wanted[m.name]}
 
     def _fail(self, reason: str) -> None:

@@ -42,6 +42,7 @@ class Member:
     is_doubted: bool = False  # its link broke behind its last answer
     is_draining: bool = False
     is_found: bool = False  # another router has started it
+    is_filled: bool = False  # it has once held all that it should
     busy: float = 0.0  # share of its time that it computes, smoothed
     freed: set[Slot] = field(default_factory=set)  # told to free them; it has not confirmed that yet
     num_retries: int = 0  # orders to stage after a failure, since something was staged

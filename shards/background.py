@@ -37,7 +37,6 @@ def step_back_whole() -> None:
 def in_foreground(work: Callable[[], T]) -> T:
     """Run `work` where the process has not stepped back, and return what it does, or raise what it raises.
 
-    Threads that `work` starts stay in the foreground. Blocks on it, and on what others do there; so it should
-    be short.
+    Threads that `work` starts stay in the foreground. Blocks on it, and on what others do there meanwhile.
     """
     return _FOREGROUND.submit(work).result()

@@ -39,7 +39,7 @@ class _Refused(Exception):
 
 
 class Stager:
-    """Fills the slots of a store, one after another, from one thread that steps back behind all others."""
+    """Fills the slots of a store one after another, in a thread that steps back behind those that serve."""
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, Deplo
 from cluster.actors.engine_choice import EngineChoice
 from cluster.actors.engine_deployment import Engine
 from cluster.actors.gateway_deployment import Gateway
-from cluster.actors.quiet_start import QUIET_START
+from cluster.actors.quiet_start import QUIET_START, USUAL_START
 from cluster.actors.router_actor import NAMESPACE, Router
 from cluster.actors.router_client import ROUTER
 from cluster.local_ray import check_port_is_free
@@ -147,7 +147,8 @@ def _engine(model: ModelSettings, checkpoint: Path, secret: bytes) -> "serve.Dep
                 name=ROUTER,
                 actor_class=Router,
                 init_args=(APP, model, str(checkpoint), secret),
-                actor_options={"num_cpus": 0},
+                # Not quietly, as it would with the engine's: engines wait for what it says when one is lost.
+                actor_options={"num_cpus": 0, "runtime_env": USUAL_START},
             )
         ],
     )

@@ -24,14 +24,14 @@ class EngineChoice(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray has n
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Return an engine, and another in case it is out of reach; avoided ones if there is no other."""
+        """Return the engines in the order of choice; avoided ones if there are no others."""
         avoided: Collection[str] = ()
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # else Serve asks again without a pause
             avoided = pending_request.kwargs.get("avoided", ())
         tags = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         num_open = {tag: self._num_open[replica.replica_id] for tag, replica in tags.items()}
-        return [[tags[tag]] for tag in least_busy(num_open, avoided)]
+        return [[tags[tag]] for tag in least_busy_first(num_open, avoided)]
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
         """Count a request that was sent to an engine."""
@@ -50,11 +50,11 @@ def engine_name(model: str, replica_tag: str) -> str:
     return f"{model}/{replica_tag}"
 
 
-def least_busy(num_open: Mapping[str, int], avoided: Collection[str]) -> list[str]:
-    """Return the two replica tags with the fewest open requests, fewest first.
+def least_busy_first(num_open: Mapping[str, int], avoided: Collection[str]) -> list[str]:
+    """Return the replica tags, those with the fewest open requests first.
 
     Of engines not in `avoided`, unless there are no others; of equals, any.
     """
     lost = {name.rpartition("/")[2] for name in avoided}
     kept = [tag for tag in num_open if tag not in lost] or list(num_open)
-    return sorted(random.sample(kept, len(kept)), key=lambda tag: num_open[tag])[:2]
+    return sorted(random.sample(kept, len(kept)), key=lambda tag: num_open[tag])

@@ -21,6 +21,7 @@ from router.dispatch import Placements
 from router.groups.base import GroupLost
 from router.groups.gloo import GlooGroup, MeetingPoint
 from router.links.base import Frame, Kind, Link, LinkLost
+from shards.background import in_foreground
 from shards.shard import Shard
 from shards.step import StepBatch
 from shards.step_wire import encode_step
@@ -82,13 +83,15 @@ class EngineShards:
         """Wait until all shards run. Raises ValueError if they do not."""
         size = 1 + len(self._actors)
         try:
-            return GlooGroup(
-                self._meeting_point.address,
-                0,
-                size,
-                node_address(),
-                timeout_s=self._timeout_s,
-                meet_timeout_s=MEET_TIMEOUT_S,
+            return in_foreground(  # with gloo's threads, which receive what the step waits for
+                lambda: GlooGroup(
+                    self._meeting_point.address,
+                    0,
+                    size,
+                    node_address(),
+                    timeout_s=self._timeout_s,
+                    meet_timeout_s=MEET_TIMEOUT_S,
+                )
             )
         except GroupLost as error:
             raise ValueError(

@@ -1,6 +1,7 @@
 """What an expert group's process holds: slots of weights, and the service that runs rows through them."""
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,7 +30,8 @@ class ExpertProcess:
     stager: Stager
     fixed_threads: int  # 0: as many as its share of the cores
     num_threads: int = 1  # that it computes with now
-    num_sharing: int = 1  # groups that this host's cores are for
+    num_sharing: int = 1  # groups of the model that this host's cores are for
+    _sharing: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
     def start(
@@ -39,15 +41,11 @@ class ExpertProcess:
         torch.set_num_threads(1)  # what torch does here is too small to share out
         config = ModelConfig.from_checkpoint(checkpoint)
         store = ExpertStore(num_slots)
+        weights = Checkpoint(checkpoint)
         stager = in_foreground(  # from where it steps back by itself
-            lambda: Stager(
-                store,
-                Checkpoint(checkpoint),
-                config,
-                lambda address: _connect_to_sibling(address, secret, name),
-            )
+            lambda: Stager(store, weights, config, lambda address: _connect_to_sibling(address, secret, name))
         )
-        listener = listen(secret, name)
+        listener = in_foreground(lambda: listen(secret, name))  # a step may wait for a link
         service = ExpertService(store, listener, config.hidden_size)
         in_foreground(service.start)
         process = cls(str(listener.address), store, service, stager, num_threads)
@@ -59,10 +57,11 @@ class ExpertProcess:
 
         Waits for a product that runs.
         """
-        self.num_sharing = num_groups
-        self.num_threads = self.fixed_threads or max(1, usable_cores() // num_groups)
-        # Engines on the same cores wait for this group: it must not spin while it waits for them.
-        in_foreground(lambda: set_threads(self.num_threads, spin_us=0))
+        with self._sharing:  # orders may come side by side
+            self.num_threads = self.fixed_threads or max(1, usable_cores() // num_groups)
+            # Engines on the same cores wait for this group: it must not spin while it waits for them.
+            in_foreground(lambda: set_threads(self.num_threads, spin_us=0))
+            self.num_sharing = num_groups
 
 
 def _connect_to_sibling(address: str, secret: bytes, name: str) -> Link:

@@ -7,13 +7,16 @@ several seconds of a core. It steps back for all of that; what it serves with, i
 """
 
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
 from shards.background import step_back_whole
 
-# For `runtime_env` of an actor. Ray puts its own program for workers, and the arguments, behind it.
-QUIET_START = {"py_executable": f"{sys.executable} -m {__name__}"}
+# For `runtime_env` of an actor; both lead to the Python of who starts it, which must be there on every node.
+# Ray puts its own program for workers, and the arguments, behind it, in a line for the shell.
+USUAL_START = {"py_executable": shlex.quote(sys.executable)}
+QUIET_START = {"py_executable": f"{shlex.quote(sys.executable)} -m {__name__}"}
 
 
 def main() -> None:

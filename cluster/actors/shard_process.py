@@ -28,13 +28,15 @@ class ShardProcess:
     def __init__(self, model: ModelSettings, checkpoint: Path, secret: bytes, seat: ShardSeat) -> None:
         """Raises ValueError for a checkpoint that does not fit, GroupLost or LinkLost without an engine."""
         self.placements = PushedPlacements()
-        group = GlooGroup(
-            seat.meeting_point,
-            seat.rank,
-            seat.size,
-            node_address(),
-            timeout_s=step_timeout_s(model),
-            meet_timeout_s=MEET_TIMEOUT_S,
+        group = in_foreground(  # with gloo's threads, which receive what the step waits for
+            lambda: GlooGroup(
+                seat.meeting_point,
+                seat.rank,
+                seat.size,
+                node_address(),
+                timeout_s=step_timeout_s(model),
+                meet_timeout_s=MEET_TIMEOUT_S,
+            )
         )
         self._rank = load_rank(model, checkpoint, seat.num_blocks, group, self.placements, secret, seat.name)
         self._link = connect(Address.parse(seat.engine_address), secret, seat.name)

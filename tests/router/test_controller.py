@@ -85,6 +85,16 @@ def test_a_group_has_the_cores_of_a_killed_one_at_once_and_until_another_has_tak
     assert sharing(fleet) == {"model/0": 2, "model/1": 2}
 
 
+def test_survivors_that_take_over_experts_have_no_more_cores_than_there_are():
+    fleet = settled_fleet(num_groups=4, min_replicas=2, slots_per_layer=3)
+    fleet.kill("model/0")
+    for _ in range(100):
+        fleet.step()
+        shares = [group.num_sharing for group in fleet.groups.values() if group.held]
+        assert min(shares) >= 3, shares
+    assert sharing(fleet) == dict.fromkeys(fleet.groups, 4)
+
+
 def test_groups_of_different_hosts_share_no_cores():
     fleet = Fleet(num_groups=3)
     fleet.hosts = cycle(["one", "other"])

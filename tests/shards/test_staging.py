@@ -446,7 +446,7 @@ def test_the_thread_that_stages_steps_back_behind_those_that_serve(make):
     staging.stage_all((0, 0))
     (thread,) = (each for each in threading.enumerate() if each.name == "stager")
     ours = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-    assert os.getpriority(os.PRIO_PROCESS, thread.native_id) == min(ours + 5, 19)
+    assert os.getpriority(os.PRIO_PROCESS, thread.native_id) == min(ours + 10, 19)
 
 
 def test_closing_ends_the_thread_with_much_left_to_do(make):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ print(json.dumps([__name__, sys.argv, sys.path[0], niceness(), in_foreground(nic
 def test_a_program_is_run_as_by_python_itself_but_steps_back(tmp_path: Path) -> None:
     program = tmp_path / "worker.py"
     program.write_text(PROGRAM)
-    command = [*QUIET_START["py_executable"].split(), str(program), "--port=1", "two words"]
+    command = [*shlex.split(QUIET_START["py_executable"]), str(program), "--port=1", "two words"]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     name, arguments, path, niceness, in_front = json.loads(ran.stdout)
     assert (name, arguments, path) == ("__main__", [str(program), "--port=1", "two words"], str(tmp_path))

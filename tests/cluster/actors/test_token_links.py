@@ -1,4 +1,5 @@
 import asyncio
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from cluster.engine.token_wire import decode_events, encode_events
 from router.links.base import Frame, Kind, LinkLost
 from router.links.listener import Listener
 from router.links.stream import connect
+from tests.stepped_back import is_in_foreground, made_stepped_back
 
 SECRET = b"one cluster's secret"
 DEADLINE_S = 10.0
@@ -206,6 +208,13 @@ def test_losing_one_gateway_does_not_disturb_another(listener, engine, lost):
             assert await take(queue, 1) == [TokenEvent("a", 1)]
 
     asyncio.run(run())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives each thread a weight")
+def test_tokens_go_out_in_the_foreground_whoever_sends_first(listener, engine):
+    made_stepped_back(lambda: engine().send(str(listener.address), [TokenEvent("a", 1)]))
+    listener.accept(DEADLINE_S)
+    assert is_in_foreground("token-link")
 
 
 def test_a_lost_gateway_gets_a_new_link_once_its_requests_have_ended(listener):

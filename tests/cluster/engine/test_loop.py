@@ -1,3 +1,4 @@
+import sys
 import threading
 from concurrent.futures import wait
 from queue import SimpleQueue
@@ -12,6 +13,7 @@ from cluster.engine.observer import EngineObserver
 from cluster.engine.request import EngineFull, EngineStopped, Generated, GenerationRequest
 from cluster.metrics import EngineMetrics
 from shards.sampling_params import SamplingParams
+from tests.stepped_back import is_in_foreground, made_stepped_back
 
 DEADLINE_S = 10.0
 
@@ -96,6 +98,13 @@ def endless(served):
     future = served.loop.submit(request("endless", max_tokens=900), "gateway 1")
     assert served.gate.reached.acquire(timeout=DEADLINE_S)
     return future
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives each thread a weight")
+def test_steps_run_in_the_foreground_whoever_makes_the_loop():
+    served = made_stepped_back(Served)
+    assert is_in_foreground("engine-steps")
+    served.loop.stop()
 
 
 def test_a_request_ends_with_its_number_of_tokens(served):
