@@ -12,16 +12,15 @@ from torch import Tensor
 
 from cluster.actors.node import listen, node_address
 from cluster.actors.quiet_start import QUIET_START
-from cluster.actors.rank import DispatchReport, step_timeout_s
+from cluster.actors.rank import DispatchReport, meet_ranks
 from cluster.actors.reports import Process
 from cluster.actors.shard_actor import Shard as ShardActor
-from cluster.actors.shard_seat import MEET_TIMEOUT_S, ShardSeat
+from cluster.actors.shard_seat import ShardSeat
 from cluster.settings import ModelSettings
 from router.dispatch import Placements
 from router.groups.base import GroupLost
 from router.groups.gloo import GlooGroup, MeetingPoint
 from router.links.base import Frame, Kind, Link, LinkLost
-from shards.background import in_foreground
 from shards.shard import Shard
 from shards.step import StepBatch
 from shards.step_wire import encode_step
@@ -60,7 +59,7 @@ class EngineShards:
         self, model: ModelSettings, checkpoint: Path, num_blocks: int, secret: bytes, name: str
     ) -> None:
         """Let Ray start them; does not wait."""
-        self._timeout_s = step_timeout_s(model)
+        self._model = model
         self._listener = listen(secret, name)
         self._meeting_point = MeetingPoint(node_address())
         actor = ray.remote(ShardActor).options(
@@ -71,7 +70,6 @@ class EngineShards:
             seat = ShardSeat(
                 f"{name}/{rank}",
                 rank,
-                model.tensor_parallel,
                 num_blocks,
                 self._meeting_point.address,
                 str(self._listener.address),
@@ -81,22 +79,12 @@ class EngineShards:
 
     def meet(self) -> GlooGroup:
         """Wait until all shards run. Raises ValueError if they do not."""
-        size = 1 + len(self._actors)
         try:
-            return in_foreground(  # with gloo's threads, which receive what the step waits for
-                lambda: GlooGroup(
-                    self._meeting_point.address,
-                    0,
-                    size,
-                    node_address(),
-                    timeout_s=self._timeout_s,
-                    meet_timeout_s=MEET_TIMEOUT_S,
-                )
-            )
+            return meet_ranks(self._model, self._meeting_point.address, rank=0)
         except GroupLost as error:
             raise ValueError(
-                f"tensor_parallel is {size}, but not all of its shards could be started; does the cluster "
-                f"have the CPUs that they ask for? {error}"
+                f"tensor_parallel is {self._model.tensor_parallel}, but not all of its shards could be "
+                f"started; does the cluster have the CPUs that they ask for? {error}"
             ) from None
 
     def lead(self, shard: Shard, on_lost: Callable[[], None]) -> LeadingShard:

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cluster.actors.node import node_address
 from cluster.settings import ModelSettings
 from router.dispatch import DispatchCounts, Dispatcher, Placements
 from router.groups.base import TensorGroup
+from router.groups.gloo import GlooGroup
 from router.links.address import Address
 from router.links.pool import LinkPool
 from router.links.stream import connect
@@ -30,6 +32,7 @@ SPIN_US_ALONE = 200
 CONNECT_TIMEOUT_S = 2.0  # to an expert group: all requests of the engine wait for it
 REPLY_TIMEOUT_S = 30.0  # of an expert group
 STEP_TIMEOUT_S = 10.0  # of another rank, within a step
+MEET_TIMEOUT_S = 120.0  # until all ranks' processes run: Ray may have to find or start a node first
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,20 @@ def load_rank(
         Checkpoint(checkpoint), config, dispatcher, num_blocks, lambda done, total: None, group
     )
     return Rank(shard, dispatcher)
+
+
+def meet_ranks(model: ModelSettings, meeting_point: tuple[str, int], rank: int) -> GlooGroup:
+    """Wait until all ranks of an engine are there. Raises GroupLost if they do not come."""
+    return in_foreground(  # with gloo's threads, which receive what a step waits for
+        lambda: GlooGroup(
+            meeting_point,
+            rank,
+            model.tensor_parallel,
+            node_address(),
+            timeout_s=step_timeout_s(model),
+            meet_timeout_s=MEET_TIMEOUT_S,
+        )
+    )
 
 
 def step_timeout_s(model: ModelSettings) -> float:

@@ -6,12 +6,10 @@ import os
 import threading
 from pathlib import Path
 
-from cluster.actors.node import node_address
-from cluster.actors.rank import DispatchReport, load_rank, step_timeout_s
-from cluster.actors.shard_seat import MEET_TIMEOUT_S, ShardSeat
+from cluster.actors.rank import DispatchReport, load_rank, meet_ranks
+from cluster.actors.shard_seat import ShardSeat
 from cluster.settings import ModelSettings
 from router.dispatch import ExpertUnavailable
-from router.groups.gloo import GlooGroup
 from router.links.address import Address
 from router.links.base import LinkLost
 from router.links.stream import connect
@@ -28,16 +26,7 @@ class ShardProcess:
     def __init__(self, model: ModelSettings, checkpoint: Path, secret: bytes, seat: ShardSeat) -> None:
         """Raises ValueError for a checkpoint that does not fit, GroupLost or LinkLost without an engine."""
         self.placements = PushedPlacements()
-        group = in_foreground(  # with gloo's threads, which receive what the step waits for
-            lambda: GlooGroup(
-                seat.meeting_point,
-                seat.rank,
-                seat.size,
-                node_address(),
-                timeout_s=step_timeout_s(model),
-                meet_timeout_s=MEET_TIMEOUT_S,
-            )
-        )
+        group = meet_ranks(model, seat.meeting_point, seat.rank)
         self._rank = load_rank(model, checkpoint, seat.num_blocks, group, self.placements, secret, seat.name)
         self._link = connect(Address.parse(seat.engine_address), secret, seat.name)
         in_foreground(threading.Thread(target=self._run, name="shard-steps", daemon=True).start)

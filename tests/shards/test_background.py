@@ -2,11 +2,11 @@ import os
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from shards.background import in_foreground, step_back
+from shards.background import in_foreground
+from tests.stepped_back import made_stepped_back
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives each thread a weight")
 
@@ -17,13 +17,7 @@ def niceness() -> int:
 
 def test_a_thread_that_steps_back_leaves_the_others_where_they_are():
     before = niceness()
-
-    def work() -> int:
-        step_back()
-        return niceness()
-
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(work).result() > before
+    assert made_stepped_back(niceness) > before
     assert niceness() == before
 
 

@@ -49,30 +49,34 @@ def threads(deployment: Deployment) -> dict[int, int]:
 @pytest.mark.skipif(usable_cores() < 2, reason="one core can't be shared out")
 def test_a_group_computes_on_the_cores_of_a_dead_one_until_that_is_replaced(deployment: Deployment) -> None:
     cores = usable_cores()
-    wait_for(lambda: [*threads(deployment).values()] == [max(1, cores // 2)] * 2, "halves", deadline_s=60)
+
+    def are_halves() -> bool:
+        return [*threads(deployment).values()] == [cores // 2] * 2
+
+    wait_for(are_halves, "half of the cores for each group", deadline_s=60)
     victim, survivor = threads(deployment)
     os.kill(victim, signal.SIGKILL)
     wait_for(lambda: threads(deployment).get(survivor) == cores, "all of the cores for one", deadline_s=30)
-    wait_for(lambda: [*threads(deployment).values()] == [max(1, cores // 2)] * 2, "halves", deadline_s=60)
+    wait_for(are_halves, "half of the cores for each group", deadline_s=60)
 
 
-def weights_of_threads(pid: int) -> set[int]:
-    """Return the niceness of each thread of a process, as numbers that differ."""
+def niceness_of_threads(pid: int) -> set[int]:
+    """Return each niceness that a thread of a process has."""
     stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
     return {int(stat.rpartition(")")[2].split()[16]) for stat in stats}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives each thread a weight")
 def test_only_what_starts_quietly_steps_back(deployment: Deployment) -> None:
-    (usual,) = weights_of_threads(deployment.process.pid)
+    (usual,) = niceness_of_threads(deployment.process.pid)
     for kind in ("expert group", "engine"):
         for pid in pids(deployment, kind):
-            serving, starting = sorted(weights_of_threads(pid))[:2]
+            serving, starting = sorted(niceness_of_threads(pid))[:2]
             assert serving == usual < starting, (
-                f"the {kind}'s threads have niceness {weights_of_threads(pid)}"
+                f"the {kind}'s threads have niceness {niceness_of_threads(pid)}"
             )
     for pid in pids(deployment, "router"):
-        assert weights_of_threads(pid) == {usual}, "news of a loss would come late"
+        assert niceness_of_threads(pid) == {usual}, "news of a loss would come late"
 
 
 @pytest.mark.parametrize("victim", ["expert group", "router", "engine"])
