@@ -7,8 +7,12 @@ it has that, too, and ends with its input.
 """
 
 import sys
+import time
 
 import ray
+
+WORKER_START_S = 60.0
+RESOURCES_TOLD_S = 1.0  # nodes tell Ray what is in use several times a second; this much later it is known
 
 
 @ray.remote(num_cpus=1)
@@ -19,15 +23,14 @@ class Worker:
 
 def main() -> None:
     ray.init(sys.argv[1], log_to_driver=False)
-    num_free = int(ray.available_resources().get("CPU", 0))
-    first = [Worker.remote() for _ in range(num_free)]
-    ray.get([worker.is_here.remote() for worker in first])
+    workers = []
+    while ray.available_resources().get("CPU", 0) >= 1:
+        workers.append(Worker.remote())
+        ray.get(workers[-1].is_here.remote(), timeout=WORKER_START_S)
+        time.sleep(RESOURCES_TOLD_S)
     next_in_line = Worker.remote()
-    arrival = next_in_line.is_here.remote()
-    arrived, _ = ray.wait([arrival], timeout=2)
-    if not arrived:
-        print("waiting", flush=True)
-        ray.get(arrival)
+    print("waiting", flush=True)
+    ray.get(next_in_line.is_here.remote())
     print("there was another CPU", flush=True)
     sys.stdin.read()
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import openai
@@ -39,9 +40,26 @@ def one_group(sparse_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
         yield running
 
 
+@dataclass(frozen=True)
+class OtherJob:
+    """A job on the same Ray cluster that has every free CPU, and waits for the next: no group can be added."""
+
+    process: subprocess.Popen[str]
+
+    def take_the_cpu_of_the_group(self, deployment: Deployment) -> None:
+        assert self.process.stdout
+        killed: set[int] = set()
+        while not select.select([self.process.stdout], [], [], 0)[0]:  # a replacement may come before it
+            for pid in set(groups(deployment)) - killed:
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+            time.sleep(0.1)
+        assert self.process.stdout.readline() == "there was another CPU\n"
+        assert killed
+
+
 @contextmanager
-def other_job_instead_of_a_group(deployment: Deployment) -> Iterator[None]:
-    """Kill the group, and have somebody else use its CPU, and all others that no actor of ours has."""
+def other_job(deployment: Deployment) -> Iterator[OtherJob]:
     script = Path(__file__).with_name("other_job.py")
     with subprocess.Popen(
         [sys.executable, script, ray_address(deployment)],
@@ -49,18 +67,11 @@ def other_job_instead_of_a_group(deployment: Deployment) -> Iterator[None]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-    ) as job:
-        assert job.stdout
-        assert job.stdout.readline() == "waiting\n"
-        killed: set[int] = set()
-        while not select.select([job.stdout], [], [], 0)[0]:  # a replacement may come before it, each time
-            for pid in set(groups(deployment)) - killed:
-                os.kill(pid, signal.SIGKILL)
-                killed.add(pid)
-            time.sleep(0.1)
-        assert job.stdout.readline() == "there was another CPU\n"
-        yield
-        job.communicate()
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "waiting\n"
+        yield OtherJob(process)
+        process.communicate()
 
 
 def ray_address(deployment: Deployment) -> str:
@@ -80,8 +91,10 @@ def groups(deployment: Deployment) -> list[int]:
 def test_a_cluster_too_small_to_restore_an_expert_waits_then_says_503_and_recovers(
     one_group: Deployment,
 ) -> None:
-    undisturbed = "".join(one_group.story(MODEL, NUM_TOKENS))
-    with other_job_instead_of_a_group(one_group):
+    # It comes before any load, which might have added a second group, to answer when the first is killed.
+    with other_job(one_group) as job:
+        undisturbed = "".join(one_group.story(MODEL, NUM_TOKENS))
+        job.take_the_cpu_of_the_group(one_group)
         asked_at = time.monotonic()
         with pytest.raises(openai.InternalServerError) as refusal:
             list(one_group.story(MODEL, NUM_TOKENS))
