@@ -50,8 +50,7 @@ class Shape:
         return int(self.model.get("tensor_parallel", 1)) - 1
 
 
-# Without a prefix cache, a prompt that was seen before costs what any other does.
-_LIMITS = {"max_running": 32, "kv_cache_tokens": 16384, "prefix_caching": False}
+_LIMITS = {"max_running": 32, "kv_cache_tokens": 16384}
 
 
 def _sparse(**more: int) -> dict[str, Any]:

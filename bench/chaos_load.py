@@ -7,6 +7,7 @@ notes which bytes came when; they are understood after the load has ended.
 import asyncio
 import json
 import random
+import secrets
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -40,7 +41,10 @@ class Request:
     prompt: str
 
     def body(self, model: str) -> bytes:
-        """Return the JSON of a streamed completion with logprobs, which are compared bit for bit."""
+        """Return the JSON of a streamed completion with logprobs, which are compared bit for bit.
+
+        Each time with another salt: asked again, it costs what it did at first, in spite of prefix caches.
+        """
         fields = {
             "model": model,
             "prompt": self.prompt,
@@ -50,6 +54,7 @@ class Request:
             "ignore_eos": True,
             "logprobs": 0,
             "stream": True,
+            "cache_salt": secrets.token_hex(8),
         }
         return json.dumps(fields).encode()
 

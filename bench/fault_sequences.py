@@ -82,6 +82,7 @@ def _results(outcomes: list[Outcome], megabytes: list[float]) -> dict[str, objec
         "tokens": sum(outcome.num_tokens for outcome in outcomes),
         "resubmissions": sum(outcome.num_resubmissions for outcome in outcomes),
         "failovers": sum(outcome.num_failovers for outcome in outcomes),
+        "adopted blocks": sum(outcome.num_adopted_blocks for outcome in outcomes),
         **{f"wrong: {kind}": problems[kind] for kind in PROBLEMS},
         "MB grown": round(megabytes[-1] - megabytes[min(WARM_UP, len(megabytes) - 1)], 1),
         "median sequence, s": round(seconds[len(seconds) // 2], 2),

@@ -105,6 +105,18 @@ class EngineMetrics:
             ["model"],
             registry=registry,
         )
+        self.copied_blocks = Counter(
+            "tradewind_engine_kv_blocks_copied_total",
+            "KV blocks sent to the engine that goes on with their requests if this one is lost.",
+            ["model"],
+            registry=registry,
+        )
+        self.adopted_blocks = Counter(
+            "tradewind_engine_kv_blocks_adopted_total",
+            "KV blocks of other engines taken into the prefix cache.",
+            ["model"],
+            registry=registry,
+        )
         self.step_seconds = Histogram(
             "tradewind_engine_step_duration_seconds",
             "One step: plan, run, sample, commit.",

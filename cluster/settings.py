@@ -106,6 +106,7 @@ class ModelSettings:
     kv_cache_tokens: Count | None = None  # null: as many as fit in kv_cache_fraction of the free memory
     kv_cache_fraction: Annotated[float, Field(gt=0, le=0.95)] = 0.3
     prefix_caching: bool = True
+    kv_copies: bool = True  # of running answers, on another engine; with several, and prefix_caching
     expert_deadline_s: Annotated[float, Field(gt=0)] = 30.0  # wait this long for a lost expert to come back
 
     def served_context(self, longest: int) -> int:
@@ -122,6 +123,11 @@ class ModelSettings:
     def most_expert_groups(self) -> int:
         """How many groups a cluster that is started for this model alone should have room for."""
         return (self.max_expert_groups or 2 * self.expert_groups) + (self.expert_groups > 0)
+
+    @property
+    def copies_blocks(self) -> bool:
+        """Whether engines send each other copies of their KV blocks."""
+        return self.kv_copies and self.prefix_caching and self.engines > 1
 
     @property
     def engine_cpus(self) -> int:

@@ -1,5 +1,6 @@
 """The paged keys and values of every sequence in the engine."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,26 @@ class KVCache:
             tuple(torch.empty(num_blocks, heads, dim, BLOCK_SIZE) for _ in range(config.num_layers)),
             tuple(torch.empty(num_blocks, heads, BLOCK_SIZE, dim) for _ in range(config.num_layers)),
         )
+
+    def read(self, block_ids: Sequence[int]) -> Tensor:
+        """Return a row for each block with all its numbers, layer by layer, keys before values: fp32.
+
+        The rows are copies, on the device of the cache.
+        """
+        parts = [tensor[list(block_ids)].flatten(1) for tensor in self._tensors()]
+        return torch.cat(parts, dim=1)
+
+    def write(self, block_id: int, row: Tensor) -> None:
+        """Fill a block with a row of `read`, from any device."""
+        parts = [tensor[block_id] for tensor in self._tensors()]
+        start = 0
+        for part in parts:
+            part.copy_(row[start : start + part.numel()].view(part.shape))
+            start += part.numel()
+
+    def _tensors(self) -> Iterator[Tensor]:
+        for pair in zip(self.keys_BGHS, self.values_BGSH, strict=True):
+            yield from pair
 
 
 def block_bytes(config: ModelConfig) -> int:

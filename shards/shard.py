@@ -1,7 +1,9 @@
 """What one process of an engine holds and computes: a decoder, or a rank's share of it, and its cache."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from router.groups.base import TensorGroup
@@ -9,7 +11,7 @@ from router.groups.single import SingleRank
 from shards.checkpoint import Checkpoint
 from shards.config import ModelConfig
 from shards.expert_store import ExpertStore, LocalExperts
-from shards.kv_cache import KVCache
+from shards.kv_cache import KVCache, block_bytes
 from shards.layers.moe import Experts
 from shards.models.decoder import Decoder
 from shards.partition import Share, all_experts, all_tensors, engine_tensors
@@ -23,6 +25,7 @@ class Shard:
 
     decoder: Decoder
     cache: KVCache
+    block_sizes: tuple[int, ...]  # numbers in a block of each rank, which may have more KV heads than others
 
     def run(self, batch: StepBatch) -> Tensor:
         """Compute one step. Returns logits_RV, fp32: a row for each chunk that wants logits, in order.
@@ -30,6 +33,23 @@ class Shard:
         Blocks until the other ranks have done their parts, and raises GroupLost if one is gone.
         """
         return self.decoder.forward(batch, self.cache)
+
+    def read_blocks(self, block_ids: Sequence[int]) -> Tensor:
+        """Return what all ranks have in these blocks: fp32 in host memory, a row for each block.
+
+        All ranks must call it; blocks, and raises GroupLost, as `run` does.
+        """
+        group, longest = self.decoder.group, max(self.block_sizes)
+        part_BN = self.cache.read(block_ids)
+        padded_BN = torch.nn.functional.pad(part_BN, (0, longest - part_BN.size(1)))
+        parts = group.all_gather(padded_BN).view(len(block_ids), group.size, longest).unbind(1)
+        return torch.cat(
+            [part_BN[:, :size] for part_BN, size in zip(parts, self.block_sizes, strict=True)], dim=1
+        ).cpu()
+
+    def write_block(self, block_id: int, row: Tensor) -> None:
+        """Fill this rank's part of a block from a row of `read_blocks`."""
+        self.cache.write(block_id, torch.split(row, list(self.block_sizes))[self.decoder.group.rank])
 
 
 def load_shard(
@@ -55,4 +75,6 @@ def load_shard(
     else:
         reader = WeightReader(checkpoint, engine_tensors(config), progress, parts=share.parts())
     decoder = Decoder.read(reader, share, experts, group, divide_tokens)
-    return Shard(decoder, KVCache.allocate(share.config, num_blocks))
+    shares = [Share.of(config, rank, group.size) for rank in range(group.size)]
+    sizes = tuple(block_bytes(share.config) // 4 for share in shares)  # fp32
+    return Shard(decoder, KVCache.allocate(share.config, num_blocks), sizes)

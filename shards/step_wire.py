@@ -1,8 +1,10 @@
-"""A step as the bytes of one frame, on its way from rank 0 to the others.
+"""What rank 0 has the others do, as the meta of a frame: unsigned 32-bit integers, little-endian.
 
-Unsigned 32-bit integers, little-endian: of each chunk start, number of tokens, number of blocks, whether it
-wants logits, the tokens, the blocks.
+Of a step, for each chunk: start, number of tokens, number of blocks, whether it wants logits, the tokens, the
+blocks. Of blocks to be read or written: their ids.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -38,3 +40,14 @@ def decode_step(data: bytes | memoryview) -> StepBatch:
         chunks.append(Chunk(tokens, start, tuple(numbers[blocks:end]), bool(wants_logits)))
         at = end
     return StepBatch(tuple(chunks))
+
+
+def encode_block_ids(block_ids: Sequence[int]) -> bytes:
+    """Encode the ids of KV blocks."""
+    return np.array(block_ids, "<u4").tobytes()
+
+
+def decode_block_ids(data: bytes | memoryview) -> list[int]:
+    """Invert `encode_block_ids`. Raises ValueError for anything else."""
+    ids: list[int] = np.frombuffer(data, "<u4").tolist()
+    return ids

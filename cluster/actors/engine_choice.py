@@ -1,4 +1,7 @@
-"""Which engine gets a request: the one with the fewest of this gateway's, but not one that seems lost."""
+"""Which engine gets a request: the one with the fewest of this gateway's, but not one that seems lost.
+
+What was lost with its engine goes to the one that may have copies of its keys and values.
+"""
 
 import random
 from collections import Counter
@@ -6,6 +9,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+from cluster.engine.request import GenerationRequest
+from router.requests import choose_standby
 
 
 class EngineChoice(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray has no types
@@ -26,12 +32,18 @@ class EngineChoice(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray has n
     ) -> list[list[RunningReplica]]:
         """Return the engines in the order of choice; avoided ones if there are no others."""
         avoided: Collection[str] = ()
+        request: object = None
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # else Serve asks again without a pause
             avoided = pending_request.kwargs.get("avoided", ())
+            request = next(iter(pending_request.args), None)  # if the call is `Engine.generate`
         tags = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         num_open = {tag: self._num_open[replica.replica_id] for tag, replica in tags.items()}
-        return [[tags[tag]] for tag in least_busy_first(num_open, avoided)]
+        order = least_busy_first(num_open, avoided)
+        if isinstance(request, GenerationRequest) and request.seeks_copies:
+            standby = choose_standby(request.answer_id, order)
+            order.sort(key=lambda tag: tag != standby)
+        return [[tags[tag]] for tag in order]
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
         """Count a request that was sent to an engine."""
@@ -50,11 +62,16 @@ def engine_name(model: str, replica_tag: str) -> str:
     return f"{model}/{replica_tag}"
 
 
+def engine_tag(name: str) -> str:
+    """Return the replica tag in an engine's name."""
+    return name.rpartition("/")[2]
+
+
 def least_busy_first(num_open: Mapping[str, int], avoided: Collection[str]) -> list[str]:
     """Return the replica tags, those with the fewest open requests first.
 
     Of engines not in `avoided`, unless there are no others; of equals, any.
     """
-    lost = {name.rpartition("/")[2] for name in avoided}
+    lost = set(map(engine_tag, avoided))
     kept = [tag for tag in num_open if tag not in lost] or list(num_open)
     return sorted(random.sample(kept, len(kept)), key=lambda tag: num_open[tag])

@@ -29,14 +29,14 @@ class Engine:
         self._name = engine_name(model.name, serve.get_replica_context().replica_tag)
         self._router = RouterClient()
         self._process = EngineProcess(model, Path(checkpoint), secret, self._name, self._router)
-        self._router.report_every(REPORT_PERIOD_S, self._report)
+        self._router.report_every(REPORT_PERIOD_S, self._report, self._process.follow_engines)
 
     async def generate(
         self, request: GenerationRequest, gateway: str, avoided: frozenset[str] = frozenset()
     ) -> Generated:
         """Serve one request; its events go over the link to `gateway`. Cancelling this call aborts it.
 
-        `avoided` is read by EngineChoice, on the way here.
+        `request` and `avoided` are read by EngineChoice, on the way here.
         """
         future = self._process.loop.submit(request, gateway)
         try:
@@ -77,5 +77,6 @@ class Engine:
             stats.total_blocks,
             self._process.observer.tokens_per_s(),
             self._process.shards,
+            self._process.copies_address,
         )
         return report, dispatch.load_LE if dispatch else None

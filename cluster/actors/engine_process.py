@@ -1,9 +1,13 @@
 """What an engine's process holds: the model, its cache, and the thread that steps them."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
+from cluster.actors.block_links import BlockReceiver, BlockSender
+from cluster.actors.engine_choice import engine_tag
 from cluster.actors.engine_shards import EngineShards
+from cluster.actors.node import listen
 from cluster.actors.rank import DispatchReport, load_rank, merged
 from cluster.actors.reports import Process
 from cluster.actors.router_client import RouterClient
@@ -18,6 +22,7 @@ from router.dispatch import ExpertUnavailable
 from router.groups.single import SingleRank
 from shards.checkpoint import Checkpoint
 from shards.config import ModelConfig
+from shards.kv_cache import block_bytes
 from shards.partition import all_tensors, engine_tensors
 
 FIRST_PLACEMENT_TIMEOUT_S = 600.0
@@ -45,6 +50,7 @@ class EngineProcess:
             router.wait_first(FIRST_PLACEMENT_TIMEOUT_S)
             if self._shards:
                 self._shards.follow(router.placements)
+        self._sender = BlockSender(secret, name) if model.copies_blocks else None
         engine = Engine(
             runner,
             vocab_size=config.vocab_size,
@@ -53,6 +59,7 @@ class EngineProcess:
             max_step_tokens=model.max_step_tokens,
             max_running=model.max_running,
             prefix_caching=model.prefix_caching,
+            standbys=self._sender,
             request_errors=(ExpertUnavailable,),
         )
         self.observer = EngineObserver(EngineMetrics(), model.name)
@@ -64,6 +71,20 @@ class EngineProcess:
             model.max_running + model.max_waiting,
             on_failure=_end,
         )
+        self._receiver: BlockReceiver | None = None
+        if self._sender:
+            row_size = block_bytes(config) // 4  # fp32
+            self._receiver = BlockReceiver(listen(secret, name), row_size, self.loop.adopt)
+
+    @property
+    def copies_address(self) -> str | None:
+        """Where other engines may send copies of their blocks; None if nowhere."""
+        return self._receiver.address if self._receiver else None
+
+    def follow_engines(self, addresses: Mapping[str, str]) -> None:
+        """Send copies of blocks to these engines from now on: the `copies_address` of each, by its name."""
+        if self._sender:
+            self._sender.follow({engine_tag(name): address for name, address in addresses.items()})
 
     @property
     def shards(self) -> tuple[Process, ...]:

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +21,10 @@ from router.dispatch import Placements
 from router.groups.base import GroupLost
 from router.groups.gloo import GlooGroup, MeetingPoint
 from router.links.base import Frame, Kind, Link, LinkLost
+from router.links.rows import frame_of
 from shards.shard import Shard
 from shards.step import StepBatch
-from shards.step_wire import encode_step
+from shards.step_wire import encode_block_ids, encode_step
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,20 @@ class LeadingShard:
         for link in self.links:
             link.send(frame)
         return self.shard.run(batch)
+
+    def read_blocks(self, block_ids: Sequence[int]) -> Tensor:
+        """Gather what all ranks have in some blocks, as `Shard.read_blocks` does. Raises as `run` does."""
+        frame = Frame(Kind.READ, meta=encode_block_ids(block_ids))
+        for link in self.links:
+            link.send(frame)
+        return self.shard.read_blocks(block_ids)
+
+    def write_block(self, block_id: int, row: Tensor) -> None:
+        """Fill a block of every rank. Raises LinkLost if a rank is gone."""
+        frame = frame_of(Kind.WRITE, row[None], meta=encode_block_ids([block_id]))
+        for link in self.links:
+            link.send(frame)
+        self.shard.write_block(block_id, row)
 
 
 class EngineShards:

@@ -33,6 +33,7 @@ class EngineReport:
     total_blocks: int
     tokens_per_s: float  # generated, over the last seconds
     shards: tuple[Process, ...] = ()  # ranks 1 and up, if it has more ranks than its own
+    copies_address: str | None = None  # where other engines may send copies of their KV blocks
 
 
 @dataclass(frozen=True)

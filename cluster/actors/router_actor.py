@@ -39,6 +39,7 @@ SPARE_SLOTS = 2  # of a group: for what is on its way while what it replaces is 
 NAMESPACE = "tradewind"  # of expert groups, in which a new router finds those of its predecessor
 REPORT_TIMEOUT_S = 1.0
 ENGINE_REPORT_TTL_S = 5.0  # an engine that has not reported for this long is no longer shown
+ALL_REPORTED_S = 2.0  # from a router's start until each engine that lives has reported
 
 T = TypeVar("T")
 
@@ -59,6 +60,7 @@ class Router:
         digest = hashlib.sha256(secret + repr((model.name, checkpoint)).encode()).hexdigest()[:12]
         self._actor_prefix = f"{app}/{digest}/"
         self._engines: dict[str, tuple[float, EngineReport]] = {}
+        self._began_at = time.monotonic()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="router", daemon=True).start()
         self._epochs = Epochs()
@@ -71,9 +73,15 @@ class Router:
         """
         return await self._on_loop(self._epochs.after(epoch, timeout_s))
 
-    async def report_engine(self, report: EngineReport, load_LE: NDArray[np.int64] | None) -> None:
-        """Note an engine's state, and how many rows it has sent to each expert since its last report."""
-        await self._on_loop(self._note(report, load_LE))
+    async def report_engine(
+        self, report: EngineReport, load_LE: NDArray[np.int64] | None
+    ) -> dict[str, str] | None:
+        """Note an engine's state, and how many rows it has sent to each expert since its last report.
+
+        Returns where the other engines take copies of its KV blocks: addresses, by their names; None while
+        this router may not know them all.
+        """
+        return await self._on_loop(self._note(report, load_LE))
 
     async def report(self) -> ModelReport:
         """Return the state of the model's processes; a group that does not answer at once is left out."""
@@ -139,7 +147,7 @@ class Router:
     def _connect(self, address: str) -> Link:
         return connect(Address.parse(address), self._secret, f"{self._model.name}/router")
 
-    async def _note(self, report: EngineReport, load_LE: NDArray[np.int64] | None) -> None:
+    async def _note(self, report: EngineReport, load_LE: NDArray[np.int64] | None) -> dict[str, str] | None:
         now = time.monotonic()
         self._engines[report.process.name] = (now, report)
         self._engines = {
@@ -149,6 +157,10 @@ class Router:
         }
         if self._keeper and load_LE is not None:
             self._keeper.controller.saw_engine(report.process.name, report.epoch, load_LE, now)
+        if now - self._began_at < ALL_REPORTED_S:
+            return None
+        others = [its for _, its in self._engines.values() if its.process.name != report.process.name]
+        return {its.process.name: its.copies_address for its in others if its.copies_address}
 
     async def _command(self, change: Callable[[Controller], None]) -> Progress:
         if self._keeper is None:

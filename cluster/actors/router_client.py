@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 ROUTER = "Router"  # its name as a deployment actor
 POLL_TIMEOUT_S = 10.0  # of one long poll
+REPORT_TIMEOUT_S = 2.0
 RETRY_S = 0.2
 
 
@@ -44,14 +45,22 @@ class RouterClient:
             raise ValueError(self._failure or f"the expert groups were not there within {timeout_s:g} s")
 
     def report_every(
-        self, period_s: float, make_report: Callable[[], tuple[EngineReport, NDArray[np.int64] | None]]
+        self,
+        period_s: float,
+        make_report: Callable[[], tuple[EngineReport, NDArray[np.int64] | None]],
+        follow_engines: Callable[[dict[str, str]], None],
     ) -> None:
-        """Report to the router now and then, from a thread of its own."""
+        """Report to the router now and then, from a thread of its own.
+
+        `follow_engines(addresses)` is told which other engines take copies, and where, by their names.
+        """
 
         def run() -> None:
             while True:
                 try:
-                    _router().report_engine.remote(*make_report())
+                    answer = _router().report_engine.remote(*make_report())
+                    if (others := ray.get(answer, timeout=REPORT_TIMEOUT_S)) is not None:
+                        follow_engines(others)
                 except Exception as error:  # a report that is not sent must not be the last
                     logger.debug("the router could not be told: %s", error)
                 time.sleep(period_s)

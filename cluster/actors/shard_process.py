@@ -11,11 +11,13 @@ from cluster.actors.shard_seat import ShardSeat
 from cluster.settings import ModelSettings
 from router.dispatch import ExpertUnavailable
 from router.links.address import Address
-from router.links.base import LinkLost
+from router.links.base import Frame, Kind, LinkLost
+from router.links.rows import rows_of
 from router.links.stream import connect
 from router.pushed_placements import PushedPlacements
 from shards.background import in_foreground
-from shards.step_wire import decode_step
+from shards.shard import Shard
+from shards.step_wire import decode_block_ids, decode_step
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +41,26 @@ class ShardProcess:
         """Run what the engine runs, until it is gone or a step fails; this process ends with it."""
         try:
             while True:
-                batch = decode_step(self._link.receive().meta)
-                # If an expert can't be had, all ranks give up this step, and the engine says so.
-                with contextlib.suppress(ExpertUnavailable):
-                    self._rank.shard.run(batch)
+                follow(self._link.receive(), self._rank.shard)
         except LinkLost as error:
             logger.info("the engine is gone, and so is this shard: %s", error)
         except BaseException:
             logger.exception("the shard's step failed; this engine is lost")
         finally:
             os._exit(1)
+
+
+def follow(frame: Frame, shard: Shard) -> None:
+    """Do what rank 0 does at this moment. Raises ValueError for a frame that it does not send."""
+    match frame.kind:
+        case Kind.STEP:
+            # If an expert can't be had, all ranks give up this step, and the engine says so.
+            with contextlib.suppress(ExpertUnavailable):
+                shard.run(decode_step(frame.meta))
+        case Kind.READ:
+            shard.read_blocks(decode_block_ids(frame.meta))
+        case Kind.WRITE:
+            (block_id,) = decode_block_ids(frame.meta)
+            shard.write_block(block_id, rows_of(frame, frame.rows.nbytes // 4)[0])
+        case _:
+            raise ValueError(f"rank 0 sends no {frame.kind.name}")

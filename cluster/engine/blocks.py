@@ -7,14 +7,23 @@ from hashlib import blake2b
 
 from shards.kv_cache import BLOCK_SIZE
 
+DIGEST_BYTES = 32
+
 
 def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """Digest a full block together with all that stands before it; `parent` of the first block is empty.
+    """Digest a full block together with all that stands before it; `parent` of the first is `salted_root`.
 
     A cached block is trusted by its digest alone, so the digest must resist collisions: Python's `hash`
     would, sooner or later, hand one user the keys and values of another's prompt.
     """
-    return blake2b(parent + array("q", token_ids).tobytes(), digest_size=32).digest()
+    return blake2b(parent + array("q", token_ids).tobytes(), digest_size=DIGEST_BYTES).digest()
+
+
+def salted_root(cache_salt: str) -> bytes:
+    """Return what stands before the first block of everybody with this salt; nothing, for the empty one."""
+    return (
+        blake2b(cache_salt.encode(), digest_size=DIGEST_BYTES, person=b"salt").digest() if cache_salt else b""
+    )
 
 
 class BlockPool:
@@ -91,6 +100,29 @@ class BlockPool:
                 self._block_of[digest] = block
                 self._digest_of[block] = digest
 
+    def adopt(self, digests: Sequence[bytes]) -> int | None:
+        """Take a block into the prefix cache that an equal engine has computed.
+
+        `digests` are those of the prefix that ends with it. Returns the number of the block that its keys and
+        values must be written to before anything else is asked of this pool. None if it is not wanted: it is
+        here already, the block before it is not, or all blocks are in use.
+        """
+        if not self.prefix_caching:
+            return None
+        *prefix, digest = digests
+        parents = [self._block_of[known] for known in prefix if known in self._block_of]
+        self._refresh(parents)  # so that the block which gives way is none of them
+        if len(parents) < len(prefix) or digest in self._block_of or not self._free:
+            return None
+        if next(iter(self._free)) in parents:
+            return None
+        block = self._take_free()
+        self._num_refs[block] = 0
+        self._digest_of[block], self._block_of[digest] = digest, block
+        self._free[block] = None
+        self._refresh(parents)
+        return block
+
     def free(self, request_id: str) -> None:
         """Take back what the request holds, if anything; published blocks stay in the prefix cache."""
         # Last block first: a prefix is worth more than what follows it, so it must be evicted later.
@@ -114,6 +146,12 @@ class BlockPool:
         assert published == sorted(published), "a cached block would be evicted before an empty one"
         assert all(refs <= 1 for block, refs in enumerate(num_refs) if block not in self._digest_of)
         assert self.prefix_caching or not self._digest_of
+
+    def _refresh(self, prefix: Sequence[int]) -> None:
+        """Evict these blocks, as far as they are free, later than all others, and the first one last."""
+        for block in reversed(prefix):
+            if self._num_refs[block] == 0:
+                self._free.move_to_end(block)
 
     def _take_free(self) -> int:
         block, _ = self._free.popitem(last=False)

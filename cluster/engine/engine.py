@@ -1,5 +1,6 @@
 """The loop that turns requests into tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.engine.blocks import BlockPool
+from cluster.engine.copies import BlockCopier, BlockCopy, Standbys
 from cluster.engine.request import FinishReason, GenerationRequest, Logprob, TokenEvent
 from cluster.engine.request_state import RequestState
 from cluster.engine.scheduler import Scheduler, StepPlan
@@ -21,6 +23,12 @@ class Runner(Protocol):
     def run(self, batch: StepBatch) -> Tensor:
         """Compute a step; return logits_RV in fp32, a row for each chunk with `wants_logits`, in order."""
 
+    def read_blocks(self, block_ids: Sequence[int]) -> Tensor:
+        """Return all keys and values of some blocks: fp32, a row for each, in host memory."""
+
+    def write_block(self, block_id: int, row: Tensor) -> None:
+        """Fill a block with a row of `read_blocks`."""
+
 
 @dataclass(frozen=True)
 class EngineStats:
@@ -33,6 +41,8 @@ class EngineStats:
     num_preemptions: int
     num_computed_tokens: int  # what was run, tokens computed again after a preemption included
     num_cached_tokens: int  # of prompts, found in the prefix cache instead
+    num_copied_blocks: int  # sent to other engines
+    num_adopted_blocks: int  # taken in from other engines
 
 
 class Engine:
@@ -52,13 +62,14 @@ class Engine:
         max_step_tokens: int,
         max_running: int,
         prefix_caching: bool = True,
+        standbys: Standbys | None = None,
         request_errors: tuple[type[Exception], ...] = (),
     ):
         """Make an idle engine.
 
-        `context_length` bounds prompt and answer together. A `runner` that raises one of `request_errors`
-        fails the requests of that step; anything else it raises comes out of `step`, and the engine should
-        then be thrown away.
+        `context_length` bounds prompt and answer together. `standbys` get copies of what is computed. A
+        `runner` that raises one of `request_errors` fails the requests of that step; anything else it raises
+        comes out of `step`, and the engine should then be thrown away.
         """
         for name, value in (("vocab_size", vocab_size), ("context_length", context_length)):
             if value < 1:
@@ -70,6 +81,8 @@ class Engine:
         self.blocks = BlockPool(num_blocks, prefix_caching)
         self.scheduler = Scheduler(self.blocks, max_step_tokens, max_running)
         self._requests: dict[str, RequestState] = {}
+        self._copier = BlockCopier(self.blocks, standbys, runner.read_blocks) if standbys else None
+        self._num_adopted_blocks = 0
         self._ended: list[TokenEvent] = []  # ends without a token, for the next step to report
         self._num_computed_tokens = 0
 
@@ -94,6 +107,13 @@ class Engine:
         if request_id in self._requests:
             self._ended.append(self._end(self._requests[request_id], "abort"))
 
+    def adopt(self, copy: BlockCopy) -> None:
+        """Keep another engine's copy of a block in the prefix cache, if there is room."""
+        block = self.blocks.adopt(copy.digests)
+        if block is not None:
+            self.runner.write_block(block, copy.row)
+            self._num_adopted_blocks += 1
+
     def step(self) -> list[TokenEvent]:
         """Compute one step and return what came of it: at most one event per request.
 
@@ -109,6 +129,11 @@ class Engine:
             return ended + self._fail(plan, error)
         return ended + self._commit(plan, logits_RV)
 
+    def copy_blocks(self) -> None:
+        """Send other engines copies of what the steps have filled; for when their tokens are on their way."""
+        if self._copier:
+            self._copier.copy(self.scheduler.running)
+
     def stats(self) -> EngineStats:
         """Return how busy the engine is and what it has done."""
         return EngineStats(
@@ -119,6 +144,8 @@ class Engine:
             num_preemptions=self.scheduler.num_preemptions,
             num_computed_tokens=self._num_computed_tokens,
             num_cached_tokens=self.scheduler.num_cached_tokens,
+            num_copied_blocks=self._copier.num_copied if self._copier else 0,
+            num_adopted_blocks=self._num_adopted_blocks,
         )
 
     def _check(self, request: GenerationRequest) -> None:

@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
+from cluster.engine.copies import BlockCopy
 from cluster.engine.engine import Engine
 from cluster.engine.observer import EngineObserver
 from cluster.engine.request import EngineFull, EngineStopped, Generated, GenerationRequest, TokenEvent
@@ -81,6 +82,18 @@ class EngineLoop:
             then()
 
         self._inbox.put(abort)
+
+    def adopt(self, copy: BlockCopy, then: Callable[[], None]) -> None:
+        """Keep another engine's copy of a block, before the next step; call `then` when it is read."""
+
+        def adopt() -> None:
+            if not self._stopping:  # as in `_abort`
+                self._engine.adopt(copy)
+            then()
+
+        self._inbox.put(adopt)
+        if self._stopping:  # as in `submit`
+            self._turn_away()
 
     def stop(self) -> None:
         """Stop after the step in progress and wait for the thread's end."""
@@ -167,5 +180,6 @@ class EngineLoop:
             if event.finish_reason:
                 ended = self._open.pop(event.request_id)
                 ended.future.set_result(Generated(event.finish_reason, ended.num_tokens))
+        self._engine.copy_blocks()
         num_generated = sum(event.token_id is not None for event in events)
         self._observer.saw_step(now - started_at, num_generated, self._engine.stats())

@@ -19,6 +19,8 @@ class EngineObserver:
         self._step_tokens = metrics.step_tokens.labels(model)
         self._cached_tokens = metrics.cached_tokens.labels(model)
         self._preemptions = metrics.preemptions.labels(model)
+        self._copied_blocks = metrics.copied_blocks.labels(model)
+        self._adopted_blocks = metrics.adopted_blocks.labels(model)
         self._failovers = metrics.failovers.labels(model)
         self._rows_resent = metrics.rows_resent.labels(model)
         self._dispatched = DispatchCounts()
@@ -28,7 +30,7 @@ class EngineObserver:
             (metrics.used_blocks.labels(model), "used_blocks"),
             (metrics.total_blocks.labels(model), "total_blocks"),
         ]
-        self._last = EngineStats(0, 0, 0, 0, 0, 0, 0)
+        self._last = EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0)
         self._generated: deque[tuple[float, int]] = deque()  # (when, tokens) of the last steps
 
     @property
@@ -54,6 +56,8 @@ class EngineObserver:
             self._step_tokens.observe(num_computed)
         self._cached_tokens.inc(stats.num_cached_tokens - self._last.num_cached_tokens)
         self._preemptions.inc(stats.num_preemptions - self._last.num_preemptions)
+        self._copied_blocks.inc(stats.num_copied_blocks - self._last.num_copied_blocks)
+        self._adopted_blocks.inc(stats.num_adopted_blocks - self._last.num_adopted_blocks)
         self.saw_stats(stats)
         self._generated.append((time.monotonic(), num_generated))
         while self._generated[0][0] < self._generated[-1][0] - RATE_WINDOW_S:

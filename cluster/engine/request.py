@@ -1,6 +1,6 @@
 """A request as an engine sees it: tokens in, tokens out. Free of torch, so that a gateway can import it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from shards.sampling_params import SamplingParams
@@ -27,15 +27,28 @@ class GenerationRequest:
 
     `is_resumed` says that an earlier engine had the request, though it may have emitted nothing: somebody has
     been promised an answer, so it goes before requests that nobody has taken yet, and is never one too many.
+
+    Requests share cached keys and values only with those of the same `cache_salt`.
     """
 
-    id: str
+    id: str  # another for every submission of the same answer
     prompt: tuple[int, ...]
     max_tokens: int  # of the answer, `emitted` included; at least 1
     sampling: SamplingParams
     stop_token_ids: frozenset[int] = frozenset()  # ends the answer; the token itself is emitted, too
     emitted: tuple[int, ...] = ()
     is_resumed: bool = False
+    seeks_copies: bool = False  # of its keys and values: should go to the engine that may have them
+    cache_salt: str = ""
+
+    def attempt(self, number: int) -> "GenerationRequest":
+        """Return the request as it is submitted for the `number`-th time."""
+        return replace(self, id=f"{self.id}.{number}")
+
+    @property
+    def answer_id(self) -> str:
+        """What the ids of all attempts at this answer have in common."""
+        return self.id.rpartition(".")[0] or self.id
 
 
 @dataclass(frozen=True)

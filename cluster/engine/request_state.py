@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.engine.blocks import block_hash
+from cluster.engine.blocks import block_hash, salted_root
 from cluster.engine.request import FinishReason, GenerationRequest
 from shards.kv_cache import BLOCK_SIZE
 
@@ -25,6 +25,8 @@ class RequestState:
     prompt_ids: NDArray[np.int64] = field(init=False)  # once more for the sampler's penalties
     num_computed: int = 0
     num_cached: int | None = None  # prompt tokens found in the prefix cache when first admitted
+    num_copied: int = 0  # full blocks, the first of all, that `copied_to` was sent
+    copied_to: str | None = None  # the engine that goes on if this one is lost
     _digests: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -66,6 +68,6 @@ class RequestState:
         for index in range(first, last):
             while len(self._digests) <= index:
                 start = len(self._digests) * BLOCK_SIZE
-                parent = self._digests[-1] if self._digests else b""
+                parent = self._digests[-1] if self._digests else salted_root(self.request.cache_salt)
                 self._digests.append(block_hash(parent, self.token_ids[start : start + BLOCK_SIZE]))
             yield self._digests[index]

@@ -44,13 +44,17 @@ class Journal:
         clock = asyncio.get_running_loop().time
         emitted = list(request.emitted)
         losses, pause_s, receipt_s = 0, 0.0, self.retry.receipt_s
-        is_resumed = request.is_resumed
+        is_resumed, seeks_copies = request.is_resumed, False
         deadline = clock() + self.retry.deadline_s
         # An engine that was only out of reach may still hold an earlier attempt, so ids are not used twice.
         for attempt in count():
             submission = replace(
-                request, id=f"{request.id}.{attempt}", emitted=tuple(emitted), is_resumed=is_resumed
+                request.attempt(attempt),
+                emitted=tuple(emitted),
+                is_resumed=is_resumed,
+                seeks_copies=seeks_copies,
             )
+            seeks_copies = False  # where none takes it, another may
             receipt_due: float | None = min(clock() + receipt_s, deadline)  # None: it is there
             try:
                 async with aclosing(self.engine.generate(submission)) as events:
@@ -78,7 +82,7 @@ class Journal:
                     ) from error
                 if receipt_due is None:
                     deadline, receipt_s = clock() + self.retry.deadline_s, self.retry.receipt_s
-                is_resumed = True
+                is_resumed = seeks_copies = True
                 self.resubmissions.inc()
             except (EngineOverloaded, EngineUnavailable):
                 if not is_resumed or clock() + pause_s > deadline:

@@ -131,6 +131,7 @@ class CompletionFields(_Fields):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0  # -1 and 0: all
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0

@@ -61,6 +61,7 @@ def submissions(
             max_tokens=_max_tokens(model, body, len(prompt)),
             sampling=_sampling(body, (seed + choice) % 2**63),
             stop_token_ids=stop if body.ignore_eos else stop | model.stop_token_ids,
+            cache_salt=body.cache_salt or "",
         )
         for index, prompt in enumerate(prompts)
         for choice in range(body.n)

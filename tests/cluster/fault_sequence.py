@@ -20,6 +20,7 @@ from router.links.base import Frame, Kind
 from router.links.stream import connect
 from router.membership import Patience
 from router.policy import Policy
+from shards.background import in_foreground
 from tests.cluster.belongings import Belongings
 from tests.cluster.live_engine import Answer
 from tests.cluster.live_fleet import Hang, LiveFleet
@@ -57,6 +58,7 @@ class Outcome:
     num_tokens: int = 0
     num_resubmissions: int = 0
     num_failovers: int = 0
+    num_adopted_blocks: int = 0
     seconds: float = 0.0
 
     def story(self) -> str:
@@ -70,6 +72,7 @@ def run_sequence(seed: int, workload: Workload, directory: Path) -> Outcome:
     outcome = Outcome(seed)
     started_at = time.monotonic()
     hook, threading.excepthook = threading.excepthook, _ignore_killed(threading.excepthook)
+    in_foreground(lambda: None)  # its one thread stays
     before = Belongings.now()
     sequence = _Sequence(seed, workload, directory, outcome)
     try:
@@ -264,6 +267,7 @@ class _Sequence:
     def _check_engines(self) -> None:
         for engine in self._fleet.engines:
             self._outcome.num_failovers += engine.dispatcher.counts.failovers
+            self._outcome.num_adopted_blocks += engine.engine.stats().num_adopted_blocks
             if num_used := engine.engine.blocks.num_used:
                 self._outcome.problems.append(("blocks", f"{engine.name} still holds {num_used}"))
             engine.engine.blocks.check()

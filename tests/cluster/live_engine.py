@@ -5,11 +5,13 @@ import threading
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter
 
+from cluster.actors.block_links import BlockReceiver, BlockSender
 from cluster.engine.engine import Engine
 from cluster.engine.loop import EngineLoop
 from cluster.engine.observer import EngineObserver
@@ -19,9 +21,12 @@ from cluster.serve.engine_client import EngineLost, EngineOverloaded, EngineUnav
 from cluster.serve.journal import Journal, RetryPolicy
 from router.dispatch import Dispatcher, ExpertUnavailable
 from router.links.address import Address
+from router.links.listener import Listener
 from router.links.pool import LinkPool
 from router.links.stream import connect
 from router.placement import Placement
+from router.requests import choose_standby
+from shards.kv_cache import block_bytes
 from shards.shard import load_shard
 from tests.cluster.live_group import CONNECT_TIMEOUT_S, SECRET
 from tests.shards.tiny_models import TinyModel
@@ -79,7 +84,8 @@ class FollowedPlacements:
 class LiveEngine:
     """A real loop, engine, shard and dispatcher."""
 
-    def __init__(self, name: str, model: TinyModel) -> None:
+    def __init__(self, name: str, model: TinyModel, directory: Path) -> None:
+        """`directory` is for its socket."""
         self.name = name
         self.placements = FollowedPlacements()
         config = model.config
@@ -92,6 +98,7 @@ class LiveEngine:
             deadline_s=EXPERT_DEADLINE_S,
         )
         shard = load_shard(model.checkpoint, config, self.dispatcher, NUM_BLOCKS, lambda done, total: None)
+        self.sender = BlockSender(SECRET, name)
         self.engine = Engine(
             shard,
             vocab_size=config.vocab_size,
@@ -99,11 +106,15 @@ class LiveEngine:
             num_blocks=NUM_BLOCKS,
             max_step_tokens=64,
             max_running=8,
+            standbys=self.sender,
             request_errors=(ExpertUnavailable,),
         )
         self._listeners: dict[str, Callable[[TokenEvent], None]] = {}  # by request id
         observer = EngineObserver(EngineMetrics(CollectorRegistry()), "model")
         self.loop = EngineLoop(self.engine, self._deliver, observer, max_open=64)
+        self.receiver = BlockReceiver(
+            Listener(SECRET, name, directory, "127.0.0.1"), block_bytes(config) // 4, self.loop.adopt
+        )
 
     def submit(self, request: GenerationRequest, listen: Callable[[TokenEvent], None]) -> "Future[Generated]":
         self._listeners[request.id] = listen
@@ -121,6 +132,8 @@ class LiveEngine:
         self.placements.kill()
         self.loop.stop()
         self.dispatcher.close()
+        self.sender.close()
+        self.receiver.close()
 
     def _deliver(self, gateway: str, events: list[TokenEvent]) -> None:
         for event in events:
@@ -130,10 +143,16 @@ class LiveEngine:
 
 @dataclass
 class LiveEngines:
-    """Implements EngineClient: each request goes to the next engine that is there."""
+    """Implements EngineClient: each request goes to the next engine in turn, or to where its copies are."""
 
     engines: list[LiveEngine] = field(default_factory=list)  # replaced, never changed
     _turn: int = 0
+
+    def replace(self, engines: list[LiveEngine]) -> None:
+        """Let requests go to these engines, and their copies go from each to the others."""
+        self.engines = engines
+        for engine in engines:
+            engine.sender.follow({each.name: each.receiver.address for each in engines if each is not engine})
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         engines = self.engines
@@ -141,6 +160,9 @@ class LiveEngines:
             raise EngineUnavailable("there is no engine")
         self._turn += 1
         engine = engines[self._turn % len(engines)]
+        if request.seeks_copies:
+            standby = choose_standby(request.answer_id, [each.name for each in engines])
+            (engine,) = (each for each in engines if each.name == standby)
         news: asyncio.Queue[TokenEvent | BaseException] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 

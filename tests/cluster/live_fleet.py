@@ -58,11 +58,11 @@ class LiveFleet:
         return [group for _, group in sorted(self.router.groups.items()) if not group.is_killed]
 
     def add_engine(self) -> None:
-        engine = LiveEngine(f"engine {next(self._engine_numbers)}", self._model)
-        self._engines.engines = [*self._engines.engines, engine]
+        engine = LiveEngine(f"engine {next(self._engine_numbers)}", self._model, self._directory)
+        self._engines.replace([*self.engines, engine])
 
     def kill_engine(self, engine: LiveEngine) -> None:
-        self._engines.engines = [each for each in self._engines.engines if each is not engine]
+        self._engines.replace([each for each in self.engines if each is not engine])
         engine.kill()
 
     def wait_until(self, what: str, condition: Callable[[], bool], timeout_s: float) -> None:

@@ -179,6 +179,19 @@ def test_a_port_of_the_command_line_must_exist(port):
         Settings((ModelSettings("m", "c"),)).on(None, port)
 
 
+@pytest.mark.parametrize(
+    ("changed", "copies"),
+    [
+        ({}, True),
+        ({"engines": 1}, False),
+        ({"kv_copies": False}, False),
+        ({"prefix_caching": False}, False),
+    ],
+)
+def test_blocks_are_copied_where_another_engine_could_find_them(changed, copies):
+    assert ModelSettings(**{"name": "a", "checkpoint": "a", "engines": 2, **changed}).copies_blocks == copies
+
+
 def test_ray_is_asked_for_a_cpu_of_every_thread_and_gateway_and_for_room_to_scale():
     models = (
         ModelSettings("a", "a", engines=2, engine_threads=3, expert_groups=4, expert_threads=2),

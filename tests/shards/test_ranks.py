@@ -170,3 +170,19 @@ class FixedPlacement:
 
     def wait_newer(self, epoch: int, timeout_s: float) -> Placement:
         return self._placement
+
+
+@pytest.mark.parametrize("name", ["llama-uneven", "mixtral"])
+def test_blocks_that_all_ranks_have_filled_go_on_in_other_ranks(tiny_model, name):
+    model = tiny_model(name)
+    token_ids = model.tokens(2 * BLOCK_SIZE + 3)
+    with ranks_of(model, 2) as ranks, ranks_of(model, 2) as others:
+        whole = run_alone(ranks, chunks_of(token_ids, [len(token_ids)], BLOCKS))
+        reads = [ranks.pool.submit(shard.read_blocks, BLOCKS[:2]) for shard in ranks.shards]
+        rows_BN, *same = (read.result() for read in reads)
+        assert all(torch.equal(rows_BN, each) for each in same)
+        for block, row_N in zip((5, 2), rows_BN, strict=True):
+            for shard in others.shards:
+                shard.write_block(block, row_N)
+        (*_, rest) = chunks_of(token_ids, [2 * BLOCK_SIZE, 3], (5, 2, 8))
+        assert torch.equal(others.run(StepBatch((rest,))), whole[-1:])

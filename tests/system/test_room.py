@@ -42,7 +42,7 @@ def one_group(sparse_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @dataclass(frozen=True)
 class OtherJob:
-    """A job on the same Ray cluster that has every free CPU, and waits for the next: no group can be added."""
+    """A job on the same Ray cluster that has every free CPU, and waits for one more."""
 
     process: subprocess.Popen[str]
 

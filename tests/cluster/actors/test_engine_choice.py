@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter
 
 from cluster.actors.engine_choice import EngineChoice, engine_name, least_busy_first
+from cluster.engine.request import GenerationRequest
+from router.requests import choose_standby
+from shards.sampling_params import SamplingParams
 
 TAGS = ["aaa", "bbb", "ccc"]
 
@@ -78,5 +81,28 @@ def test_requests_are_spread_evenly_and_count_until_they_end() -> None:
             [[engine], *_] = await choice.choose_replicas(REPLICAS)
             assert engine is REPLICAS[1]
             choice.on_send_request(engine.replica_id)
+
+    asyncio.run(run())
+
+
+def test_an_answer_goes_on_where_its_copies_are_however_busy_that_engine_is() -> None:
+    async def run() -> None:
+        choice = choice_without_serve()
+        for number in range(20):
+            request = GenerationRequest(f"cmpl-{number}.1", (1,), 9, SamplingParams(), seeks_copies=True)
+            standby = choose_standby(f"cmpl-{number}", TAGS[1:])
+            busy = REPLICAS[TAGS.index(standby)]
+            choice.on_send_request(busy.replica_id)
+            pending = PendingRequest([request], {"avoided": names("aaa")}, metadata=None)
+            [[chosen], *others] = await choice.choose_replicas(REPLICAS, pending)
+            assert chosen is busy
+            assert len(others) == 1
+
+    asyncio.run(run())
+
+
+def test_calls_that_are_no_requests_go_anywhere() -> None:
+    async def run() -> None:
+        assert len(await choice_without_serve().choose_replicas(REPLICAS, PendingRequest([4], {}, None))) == 3
 
     asyncio.run(run())

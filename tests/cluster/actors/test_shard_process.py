@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from cluster.actors.engine_shards import LeadingShard
-from router.links.base import Kind, LinkLost
+from cluster.actors.shard_process import follow
+from router.links.base import Frame, Kind, LinkLost
 from router.links.listener import Listener
 from router.links.stream import StreamLink, connect
 from router.placement import Placement
@@ -68,3 +69,24 @@ def test_a_shard_that_is_gone_fails_the_step(link, tiny_model):
     step = StepBatch(tuple(chunks_of(model.tokens(20), [20], (3, 9))))
     with pytest.raises(LinkLost):
         LeadingShard(model.shard(), (engines_end,)).run(step)
+
+
+def test_a_shard_does_what_rank_0_does_with_steps_and_blocks(link, tiny_model):
+    model: TinyModel = tiny_model("llama")
+    engines_end, shards_end = link
+    step = StepBatch(tuple(chunks_of(model.tokens(40), [40], (3, 9, 1))))
+    leading, shard = LeadingShard(model.shard(), (engines_end,)), model.shard()
+    leading.run(step)
+    row = leading.read_blocks([9])[0]
+    leading.write_block(5, row)
+    for kind in (Kind.STEP, Kind.READ, Kind.WRITE):
+        frame = shards_end.receive(10)
+        assert frame.kind == kind
+        follow(frame, shard)
+    assert torch.equal(shard.read_blocks([3, 5, 9]), leading.shard.read_blocks([3, 5, 9]))
+    assert torch.equal(shard.read_blocks([5])[0], row)
+
+
+def test_a_shard_does_nothing_that_rank_0_does_not_ask_for(tiny_model):
+    with pytest.raises(ValueError, match="TOKENS"):
+        follow(Frame(Kind.TOKENS), tiny_model("llama").shard())

@@ -8,6 +8,7 @@ import torch
 from shards.kv_cache import BLOCK_SIZE
 
 VOCAB_SIZE = 64
+DIGEST_SIZE = 16  # of what stands for the keys and values of one position
 
 
 class ExpertGone(Exception):
@@ -39,13 +40,25 @@ class FakeRunner:
                 place = self._place(chunk, position)
                 assert place not in written, "two chunks of one step write to the same place"
                 written.add(place)
-                self.cache[place] = blake2b(before + bytes([token_id]), digest_size=16).digest()
+                self.cache[place] = blake2b(before + bytes([token_id]), digest_size=DIGEST_SIZE).digest()
             if self.next_error:
                 error, self.next_error = self.next_error, None
                 raise error
         # Only now, so that a chunk which wrote into another's blocks is noticed whatever their order.
         rows = [self._logits(chunk) for chunk in batch.chunks if chunk.wants_logits]
         return torch.from_numpy(np.array(rows, dtype=np.float32).reshape(len(rows), VOCAB_SIZE))
+
+    def read_blocks(self, block_ids):
+        return torch.stack([self._row(block) for block in block_ids])
+
+    def write_block(self, block_id, row):
+        data = row.numpy().tobytes()
+        for offset in range(BLOCK_SIZE):
+            self.cache[block_id, offset] = data[offset * DIGEST_SIZE : (offset + 1) * DIGEST_SIZE]
+
+    def _row(self, block):
+        data = b"".join(self.cache[block, offset] for offset in range(BLOCK_SIZE))
+        return torch.from_numpy(np.frombuffer(data, np.float32).copy())
 
     def _place(self, chunk, position):
         return chunk.block_ids[position // BLOCK_SIZE], position % BLOCK_SIZE

@@ -3,7 +3,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from cluster.engine.blocks import BlockPool, block_hash
+from cluster.engine.blocks import BlockPool, block_hash, salted_root
 from shards.kv_cache import BLOCK_SIZE
 
 NUM_BLOCKS = 6
@@ -82,6 +82,19 @@ class Pool(RuleBasedStateMachine):
         self.pool.publish(request_id, first, digests_of(token_ids)[first:last])
         self.held[request_id] = [token_ids, max(reserved, end), end]
 
+    @rule(blocks=st.lists(st.integers(0, 1), min_size=1, max_size=NUM_BLOCKS))
+    def adopt(self, blocks):
+        token_ids = tokens(*blocks)
+        digests = digests_of(token_ids)
+        num_free, prefix = self.pool.num_free, self.pool.find_prefix(digests)
+        block = self.pool.adopt(digests)
+        assert self.pool.num_free == num_free
+        if block is None:
+            assert self.pool.find_prefix(digests) == prefix
+            return
+        assert self.pool.find_prefix(digests) == (*prefix, block)
+        self.content[block] = token_ids
+
     @rule(request_id=consumes(requests))
     def free(self, request_id):
         self.pool.free(request_id)
@@ -115,6 +128,13 @@ def test_a_hash_depends_on_every_token_and_all_before_it():
         block_hash(b"", [*tokens(1)[:-1], 0]),
     }
     assert len(digests) == 5
+
+
+def test_prefixes_of_different_salts_have_no_digest_in_common():
+    salted = {block_hash(salted_root(salt), tokens(1)) for salt in ("", "a", "b")}
+    assert len(salted) == 3
+    assert salted_root("") == b""
+    assert salted_root("a") != b"a", "whoever knows a digest could go on from the middle of another's prompt"
 
 
 def test_an_equal_prefix_is_shared_while_it_is_held():
@@ -217,6 +237,59 @@ def test_without_prefix_caching_nothing_is_shared():
     pool = BlockPool(8, prefix_caching=False)
     hold(pool, "a", tokens(1, 2, 3))
     assert hold(pool, "b", tokens(1, 2, 3)) == ()
+
+
+def adopted(pool, *values):
+    """Adopt the blocks of a prefix, one after the other."""
+    digests = digests_of(tokens(*values))
+    blocks = [pool.adopt(digests[: index + 1]) for index in range(len(digests))]
+    pool.check()
+    return blocks
+
+
+def test_adopted_blocks_are_found_like_computed_ones():
+    pool = BlockPool(8)
+    table = adopted(pool, 1, 2, 3)
+    assert pool.num_used == 0
+    assert hold(pool, "a", tokens(1, 2, 3, 4)) == tuple(table)
+
+
+def test_a_block_that_is_here_already_is_not_adopted():
+    pool = BlockPool(8)
+    hold(pool, "a", tokens(1, 2))
+    assert adopted(pool, 1, 2, 3)[:2] == [None, None]
+    assert len(pool.find_prefix(digests_of(tokens(1, 2, 3)))) == 3
+
+
+def test_a_block_without_the_one_before_it_is_not_adopted():
+    assert BlockPool(8).adopt(digests_of(tokens(1, 2))) is None
+
+
+def test_nothing_is_adopted_where_all_blocks_are_in_use():
+    pool = BlockPool(2)
+    hold(pool, "a", tokens(1, 2))
+    assert adopted(pool, 9) == [None]
+
+
+def test_an_adopted_block_does_not_evict_the_prefix_it_stands_on():
+    pool = BlockPool(3)
+    hold(pool, "a", tokens(5))
+    assert adopted(pool, 1, 2, 3)[2] is None
+    assert len(pool.find_prefix(digests_of(tokens(1, 2, 3)))) == 2
+
+
+def test_adopted_blocks_give_way_from_their_end_and_later_than_what_was_freed_before():
+    pool = BlockPool(4)
+    hold(pool, "a", tokens(7))
+    pool.free("a")
+    adopted(pool, 1, 2, 3)
+    for request_id, num_left in (("b", 3), ("c", 2), ("d", 1)):
+        pool.reserve(request_id, 1)
+        assert len(pool.find_prefix(digests_of(tokens(1, 2, 3)))) == num_left
+
+
+def test_without_prefix_caching_nothing_is_adopted():
+    assert BlockPool(8, prefix_caching=False).adopt(digests_of(tokens(1))) is None
 
 
 def test_a_lookup_asks_for_no_digest_behind_the_first_miss():

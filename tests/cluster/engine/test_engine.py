@@ -101,6 +101,13 @@ def test_an_answer_does_not_depend_on_max_step_tokens(sampling, max_step_tokens)
     assert answers == {request.id: alone(request) for request in requests}
 
 
+def test_requests_of_different_salts_share_nothing():
+    engine = make_engine()
+    for salt, expected in (("", 0), ("a", 0), ("b", 0), ("a", 32), ("", 64)):
+        answers_of(engine, [make_request(prompt=range(33), cache_salt=salt)])
+        assert engine.stats().num_cached_tokens == expected
+
+
 @SAMPLINGS
 @pytest.mark.parametrize("prompt_length", [15, 16, 17, 31, 32, 33, 48])
 def test_an_answer_does_not_depend_on_a_prefix_hit(sampling, prompt_length):

@@ -16,6 +16,8 @@ STATS = EngineStats(
     num_preemptions=1,
     num_computed_tokens=100,
     num_cached_tokens=32,
+    num_copied_blocks=5,
+    num_adopted_blocks=3,
 )
 
 
@@ -51,8 +53,12 @@ def test_gauges_show_the_last_step(observed):
 
 def test_counters_grow_by_what_the_step_added(observed):
     observed.observer.saw_step(0.01, 3, STATS)
-    observed.observer.saw_step(0.01, 3, replace(STATS, num_preemptions=4, num_cached_tokens=48))
+    observed.observer.saw_step(
+        0.01, 3, replace(STATS, num_preemptions=4, num_cached_tokens=48, num_copied_blocks=9)
+    )
     assert observed.value("preemptions_total") == 4
+    assert observed.value("kv_blocks_copied_total") == 9
+    assert observed.value("kv_blocks_adopted_total") == 3
     assert observed.value("prefix_cached_tokens_total") == 48
 
 

@@ -51,6 +51,12 @@ def test_choices_beyond_those_that_run_at_once_wait_their_turn_and_keep_their_or
     assert engine.most_at_once == MAX_CHOICES_AT_ONCE
 
 
+def test_requests_share_cached_blocks_only_under_the_salt_that_they_name(client, engine):
+    complete(client, ["a", "b"], n=2, extra_body={"cache_salt": "team 1"})
+    complete(client, ["a"])
+    assert [request.cache_salt for request in engine.submissions] == ["team 1"] * 4 + [""]
+
+
 def test_a_prompt_has_the_same_seed_whatever_prompts_come_with_it(client, engine):
     complete(client, ["a", "b"], n=2, seed=-1)
     seeds = {request.prompt: [] for request in engine.submissions}

@@ -129,6 +129,19 @@ def test_only_a_request_that_an_engine_had_is_resumed():
     assert [request.is_resumed for request in engine.submissions] == [False, False, True]
 
 
+def test_only_the_first_submission_behind_a_loss_seeks_the_copies():
+    lost = (1, EngineLost("gone"))
+    engine = ScriptedEngine(failures=[lost, (0, EngineUnavailable("none")), (2, EngineLost("gone"))])
+    run(engine)
+    assert [request.seeks_copies for request in engine.submissions] == [False, True, False, True]
+
+
+def test_all_submissions_of_a_request_have_one_answer_id():
+    engine = ScriptedEngine(failures=[(3, EngineLost("gone"))])
+    run(engine, request=replace(REQUEST, id="cmpl-a.b-0"))
+    assert {request.answer_id for request in engine.submissions} == {"cmpl-a.b-0"}
+
+
 def test_prompt_tokens_are_counted_as_cached_once():
     engine = ScriptedEngine(failures=[(2, EngineLost("gone"))], num_cached=2)
     assert [event.num_cached for event in run(engine)] == [2] + [0] * (len(ANSWER) - 1)

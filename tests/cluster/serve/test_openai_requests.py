@@ -40,6 +40,8 @@ def refusal(kind=ChatCompletionRequest, **fields):
         ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
         ({"frequency_penalty": 2.1}, "frequency_penalty", "less than or equal to 2"),
         ({"presence_penalty": -2.1}, "presence_penalty", "greater than or equal to -2"),
+        ({"cache_salt": ""}, "cache_salt", "at least 1 character"),
+        ({"cache_salt": "x" * 257}, "cache_salt", "at most 256 characters"),
         ({"seed": 1.5}, "seed", "valid integer"),
         ({"seed": 2**63}, "seed", "less than"),
         ({"n": 0}, "n", "greater than or equal to 1"),
