@@ -40,13 +40,13 @@ class KVCache:
         parts = [tensor[list(block_ids)].flatten(1) for tensor in self._tensors()]
         return torch.cat(parts, dim=1)
 
-    def write(self, block_id: int, row: Tensor) -> None:
-        """Fill a block with a row of `read`, from any device."""
-        parts = [tensor[block_id] for tensor in self._tensors()]
+    def write(self, block_ids: Sequence[int], rows: Tensor) -> None:
+        """Fill blocks with rows of `read`, from any device."""
         start = 0
-        for part in parts:
-            part.copy_(row[start : start + part.numel()].view(part.shape))
-            start += part.numel()
+        for tensor in self._tensors():
+            end = start + tensor[0].numel()
+            tensor[list(block_ids)] = rows[:, start:end].view(-1, *tensor.shape[1:]).to(tensor.device)
+            start = end
 
     def _tensors(self) -> Iterator[Tensor]:
         for pair in zip(self.keys_BGHS, self.values_BGSH, strict=True):

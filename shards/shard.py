@@ -47,9 +47,9 @@ class Shard:
             [part_BN[:, :size] for part_BN, size in zip(parts, self.block_sizes, strict=True)], dim=1
         ).cpu()
 
-    def write_block(self, block_id: int, row: Tensor) -> None:
-        """Fill this rank's part of a block from a row of `read_blocks`."""
-        self.cache.write(block_id, torch.split(row, list(self.block_sizes))[self.decoder.group.rank])
+    def write_blocks(self, block_ids: Sequence[int], part_BN: Tensor) -> None:
+        """Fill this rank's part of some blocks: its columns, `block_sizes` wide, of rows of `read_blocks`."""
+        self.cache.write(block_ids, part_BN)
 
 
 def load_shard(

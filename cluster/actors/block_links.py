@@ -1,17 +1,20 @@
 """Copies of KV blocks on their way between engines: each engine has a link to every other of its model.
 
-Both ends run in the background (shards/background.py), with little in flight: a copy is for the day on which
-its engine is lost, and what serves must not wait for it.
+A copy is for the day on which its engine is lost, and what serves does not wait for it: little is in flight,
+and the threads here have the priority of whoever makes them, which in an engine's process is that of the
+background (cluster/actors/quiet_start.py).
 """
 
 import logging
+import struct
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from queue import Queue
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from queue import SimpleQueue
 
 from cluster.engine.blocks import DIGEST_BYTES
-from cluster.engine.copies import BlockCopy
+from cluster.engine.copies import MAX_STEP_BYTES, BlockRun, Sent, Standby
 from router.links.address import Address
 from router.links.base import Dtype, Frame, Kind, Link, LinkLost
 from router.links.listener import Listener
@@ -22,100 +25,150 @@ from router.requests import choose_standby
 logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
-MAX_QUEUED = 32  # copies that wait for one link, or behind one for the engine
-MAX_REMEMBERED = 1 << 16  # digests of what was sent to one engine
+RETRY_S = 5.0  # before an engine that could not be reached is tried again
+MAX_QUEUED_BYTES = 2 * MAX_STEP_BYTES  # that wait for one link
+MAX_RUNS = 4  # of one link, that wait for the engine at its end
+_COUNT = struct.Struct("<I")
 
 
 class BlockSender:
     """An engine's links to the others; implements `Standbys`.
 
-    An engine that can't be reached is none: copies go where they arrive. `follow` gives it another chance.
+    An engine that can't be reached is none: copies go where they arrive.
     """
 
     def __init__(self, secret: bytes, name: str) -> None:
         self._secret = secret
         self._name = name
         self._lock = threading.Lock()
-        self._outboxes: dict[str, _Outbox] = {}
+        self._links: dict[str, SendingLink] = {}
+        self._ready: Mapping[str, SendingLink] = {}  # replaced, never changed: the engine's thread reads it
+        self._retry_at: dict[str, float] = {}
 
     def follow(self, engines: Mapping[str, str]) -> None:
         """Take note of all other engines of the model: the address that each listens at, by its name."""
         with self._lock:
-            for name in self._outboxes.keys() - engines.keys():
-                self._outboxes.pop(name).close()
-            for name in engines.keys() - self._outboxes.keys():
-                outbox = self._outboxes[name] = _Outbox()
-                threading.Thread(
-                    target=self._run, args=(name, engines[name], outbox), name="block-sender", daemon=True
-                ).start()
+            left = [self._links.pop(name) for name in self._links.keys() - engines.keys()]
+            now = time.monotonic()
+            new = {
+                name: SendingLink()
+                for name in engines.keys() - self._links.keys()
+                if self._retry_at.get(name, now) <= now
+            }
+            self._links |= new
+            self._retry_at = {name: at for name, at in self._retry_at.items() if name in engines}
+            self._tell()
+        for link in left:
+            link.close()
+        for name, link in new.items():
+            threading.Thread(
+                target=self._run, args=(name, engines[name], link), name="block-sender", daemon=True
+            ).start()
 
-    def standby(self, answer_id: str) -> str | None:
-        with self._lock:
-            reachable = [name for name, outbox in self._outboxes.items() if outbox.link]
-        return choose_standby(answer_id, reachable)
+    def all(self) -> Iterable[Standby]:
+        return self._ready.values()
 
-    def room(self, standby: str) -> int:
-        outbox = self._outboxes.get(standby)
-        return MAX_QUEUED - outbox.copies.qsize() if outbox else 0
-
-    def has(self, standby: str, digest: bytes) -> bool:
-        outbox = self._outboxes.get(standby)
-        return outbox is not None and digest in outbox.sent
-
-    def send(self, standby: str, copy: BlockCopy) -> None:
-        outbox = self._outboxes.get(standby)
-        if outbox:
-            outbox.put(copy)
+    def standby(self, answer_id: str) -> Standby | None:
+        ready = self._ready
+        name = choose_standby(answer_id, ready.keys())
+        return None if name is None else ready[name]
 
     def close(self) -> None:
         """Close every link."""
         self.follow({})
 
-    def _run(self, name: str, address: str, outbox: "_Outbox") -> None:
+    def _run(self, name: str, address: str, link: "SendingLink") -> None:
         try:
-            link = connect(Address.parse(address), self._secret, self._name, CONNECT_TIMEOUT_S)
-            try:
-                outbox.link = link
-                while (copy := outbox.copies.get()) is not None:
-                    link.send(frame_of(Kind.COPY, copy.row[None], meta=b"".join(copy.digests)))
-            finally:
-                link.close()
+            link.open(connect(Address.parse(address), self._secret, self._name, CONNECT_TIMEOUT_S))
+            with self._lock:
+                self._tell()
+            link.run()
         except (OSError, ValueError) as error:
             logger.info("engine %s takes no copies: %s", name, error)
         finally:
+            link.close()
             with self._lock:
-                if self._outboxes.get(name) is outbox:
-                    del self._outboxes[name]
+                if self._links.get(name) is link:
+                    del self._links[name]
+                    self._retry_at[name] = time.monotonic() + RETRY_S
+                self._tell()
+
+    def _tell(self) -> None:
+        self._ready = {name: link for name, link in self._links.items() if link.is_open}
 
 
-class _Outbox:
-    """Copies for one engine. `send` and its likes are called by one thread, the engine's."""
+class SendingLink:
+    """A link to one other engine, once it is open; implements `Standby`.
+
+    `run` has a thread of its own, the engine's thread calls what `Standby` has, and any thread `close`.
+    """
 
     def __init__(self) -> None:
-        self.link: Link | None = None  # once there is one
-        self.copies: Queue[BlockCopy | None] = Queue()
-        self.sent: OrderedDict[bytes, None] = OrderedDict()
+        self._link: Link | None = None
+        self._outbox: SimpleQueue[tuple[int, BlockRun] | None] = SimpleQueue()
+        self._is_closed = False
+        self._sequence = 0
+        self._notes: dict[int, Sent] = {}  # of what has no answer yet, by sequence
+        self._put_bytes = 0
+        self._sent_bytes = 0
 
-    def put(self, copy: BlockCopy) -> None:
-        self.sent[copy.digests[-1]] = None
-        if len(self.sent) > MAX_REMEMBERED:
-            self.sent.popitem(last=False)
-        self.copies.put(copy)
+    @property
+    def is_open(self) -> bool:
+        return self._link is not None and not self._is_closed
+
+    @property
+    def has_room(self) -> bool:
+        return self.is_open and self._put_bytes - self._sent_bytes < MAX_QUEUED_BYTES
+
+    def send(self, run: BlockRun, note: Sent) -> None:
+        self._sequence = (self._sequence + 1) % (1 << 32)
+        self._notes[self._sequence] = note
+        self._put_bytes += _row_bytes(run)
+        self._outbox.put((self._sequence, run))
+
+    def heard(self) -> list[tuple[Sent, int]]:
+        heard = []
+        try:
+            while self._link and self.is_open and (frame := self._link.poll()):
+                number = _count_of(frame)
+                if note := self._notes.pop(frame.sequence, None):
+                    heard.append((note, number))
+        except (LinkLost, ValueError) as error:
+            logger.info("another engine takes no more copies: %s", error)
+            self.close()
+        return heard
+
+    def open(self, link: Link) -> None:
+        """Let it be used from now on."""
+        self._link = link
+
+    def run(self) -> None:
+        """Send what should be sent, until this is closed. Raises LinkLost."""
+        assert self._link
+        while (item := self._outbox.get()) is not None:
+            sequence, run = item
+            meta = b"".join(run.digests)
+            if run.rows_BN is None:
+                self._link.send(Frame(Kind.COPY, sequence, meta=meta))
+            else:
+                self._link.send(frame_of(Kind.COPY, run.rows_BN, sequence=sequence, meta=meta))
+            self._sent_bytes += _row_bytes(run)
 
     def close(self) -> None:
         """Let the thread end, also one that waits for an engine that takes nothing."""
-        self.copies.put(None)
-        if self.link:
-            self.link.close()
+        self._is_closed = True
+        self._outbox.put(None)
+        if self._link:
+            self._link.close()
 
 
 class BlockReceiver:
     """The end of these links that an engine listens at."""
 
     def __init__(
-        self, listener: Listener, row_size: int, adopt: Callable[[BlockCopy, Callable[[], None]], None]
+        self, listener: Listener, row_size: int, adopt: Callable[[BlockRun, Callable[[int], None]], None]
     ) -> None:
-        """`row_size` is that of a `BlockCopy`. `adopt(copy, then)` must not block, and call `then` later."""
+        """`row_size` is how many numbers a block has. `adopt` is `EngineLoop.adopt`."""
         self._listener = listener
         self._row_size = row_size
         self._adopt = adopt
@@ -138,26 +191,49 @@ class BlockReceiver:
             threading.Thread(target=self._read, args=(link,), name="block-receiver", daemon=True).start()
 
     def _read(self, link: Link) -> None:
-        places = threading.Semaphore(MAX_QUEUED)
+        places = threading.Semaphore(MAX_RUNS)
+
+        def answer(number: int, sequence: int) -> None:
+            try:
+                if not link.post(Frame(Kind.HELD, sequence, meta=_COUNT.pack(number))):
+                    link.close()  # answers are small: who does not read them is no engine of ours
+            except LinkLost:
+                pass  # its thread ends
+            places.release()
+
         try:
             while True:
-                copy = _copy_of(link.receive(), self._row_size)
+                frame = link.receive()
+                run = _run_of(frame, self._row_size)
                 places.acquire()
-                self._adopt(copy, places.release)
+                self._adopt(run, partial(answer, sequence=frame.sequence))
         except (LinkLost, ValueError) as error:
             logger.info("no more copies come from %s: %s", link.peer, error)
+        finally:
             link.close()
 
 
-def _copy_of(frame: Frame, row_size: int) -> BlockCopy:
-    """Take a copy out of the link's buffer. Raises ValueError for any other frame."""
-    digests = bytes(frame.meta)
-    is_copy = frame.kind == Kind.COPY and frame.dtype == Dtype.FLOAT32 and frame.num_rows == 1
-    if not is_copy or not digests or len(digests) % DIGEST_BYTES:
+def _row_bytes(run: BlockRun) -> int:
+    return 0 if run.rows_BN is None else run.rows_BN.nbytes
+
+
+def _run_of(frame: Frame, row_size: int) -> BlockRun:
+    """Take a run out of the link's buffer. Raises ValueError for any other frame."""
+    meta = bytes(frame.meta)
+    digests = tuple(meta[start : start + DIGEST_BYTES] for start in range(0, len(meta), DIGEST_BYTES))
+    is_run = frame.kind == Kind.COPY and frame.dtype in (Dtype.NONE, Dtype.FLOAT32)
+    if not is_run or not digests or len(digests[-1]) != DIGEST_BYTES or frame.num_rows > len(digests):
         raise ValueError(
-            f"a copy of a block is one row of FLOAT32 and digests of {DIGEST_BYTES} bytes each; this is "
-            f"{frame.kind.name} with {frame.num_rows} rows of {frame.dtype.name} and {len(digests)} bytes"
+            f"blocks are rows of FLOAT32, and digests of {DIGEST_BYTES} bytes, at least as many; this is "
+            f"{frame.kind.name} with {frame.num_rows} rows of {frame.dtype.name} and {len(meta)} bytes"
         )
-    row_N = rows_of(frame, row_size)[0].clone()
-    starts = range(0, len(digests), DIGEST_BYTES)
-    return BlockCopy(tuple(digests[start : start + DIGEST_BYTES] for start in starts), row_N)
+    return BlockRun(digests, rows_of(frame, row_size).clone() if frame.num_rows else None)
+
+
+def _count_of(frame: Frame) -> int:
+    """Return what an answer says. Raises ValueError for any other frame."""
+    meta = memoryview(frame.meta)
+    if frame.kind != Kind.HELD or meta.nbytes != _COUNT.size:
+        raise ValueError(f"{frame.kind.name} with {meta.nbytes} bytes is no answer to a copy")
+    (number,) = _COUNT.unpack(meta)
+    return int(number)

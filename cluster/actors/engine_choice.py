@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from cluster.engine.request import GenerationRequest
 from router.requests import choose_standby
 
 
-class EngineChoice(FIFOMixin, RequestRouter):  # type: ignore[misc]  # Ray has no types
+class EngineChoice(RequestRouter):  # type: ignore[misc]  # Ray has no types
     """Serve's request router for the handles of engines; runs in the gateways.
 
     Serve's own asks two engines how many requests they have, and goes without the answer of one that is slow:

@@ -50,7 +50,7 @@ class EngineProcess:
             router.wait_first(FIRST_PLACEMENT_TIMEOUT_S)
             if self._shards:
                 self._shards.follow(router.placements)
-        self._sender = BlockSender(secret, name) if model.copies_blocks else None
+        self._block_sender = BlockSender(secret, name) if model.copies_blocks else None
         engine = Engine(
             runner,
             vocab_size=config.vocab_size,
@@ -59,32 +59,33 @@ class EngineProcess:
             max_step_tokens=model.max_step_tokens,
             max_running=model.max_running,
             prefix_caching=model.prefix_caching,
-            standbys=self._sender,
+            standbys=self._block_sender,
+            block_bytes=block_bytes(config),
             request_errors=(ExpertUnavailable,),
         )
         self.observer = EngineObserver(EngineMetrics(), model.name)
-        sender = TokenSender(secret, name, lambda gateway, then: self.loop.abort_gateway(gateway, then))
+        token_sender = TokenSender(secret, name, lambda gateway, then: self.loop.abort_gateway(gateway, then))
         self.loop = EngineLoop(
             engine,
-            sender.send,
+            token_sender.send,
             self.observer,
             model.max_running + model.max_waiting,
             on_failure=_end,
         )
-        self._receiver: BlockReceiver | None = None
-        if self._sender:
+        self._block_receiver: BlockReceiver | None = None
+        if self._block_sender:
             row_size = block_bytes(config) // 4  # fp32
-            self._receiver = BlockReceiver(listen(secret, name), row_size, self.loop.adopt)
+            self._block_receiver = BlockReceiver(listen(secret, name), row_size, self.loop.adopt)
 
     @property
     def copies_address(self) -> str | None:
         """Where other engines may send copies of their blocks; None if nowhere."""
-        return self._receiver.address if self._receiver else None
+        return self._block_receiver.address if self._block_receiver else None
 
     def follow_engines(self, addresses: Mapping[str, str]) -> None:
         """Send copies of blocks to these engines from now on: the `copies_address` of each, by its name."""
-        if self._sender:
-            self._sender.follow({engine_tag(name): address for name, address in addresses.items()})
+        if self._block_sender:
+            self._block_sender.follow({engine_tag(name): address for name, address in addresses.items()})
 
     @property
     def shards(self) -> tuple[Process, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+import torch
 from ray.exceptions import RayError
 from torch import Tensor
 
@@ -56,12 +57,13 @@ class LeadingShard:
             link.send(frame)
         return self.shard.read_blocks(block_ids)
 
-    def write_block(self, block_id: int, row: Tensor) -> None:
-        """Fill a block of every rank. Raises LinkLost if a rank is gone."""
-        frame = frame_of(Kind.WRITE, row[None], meta=encode_block_ids([block_id]))
-        for link in self.links:
-            link.send(frame)
-        self.shard.write_block(block_id, row)
+    def write_blocks(self, block_ids: Sequence[int], rows_BN: Tensor) -> None:
+        """Fill some blocks of every rank with its part. Raises LinkLost if a rank is gone."""
+        meta = encode_block_ids(block_ids)
+        mine_BN, *parts = torch.split(rows_BN, list(self.shard.block_sizes), dim=1)
+        for link, part_BN in zip(self.links, parts, strict=True):
+            link.send(frame_of(Kind.WRITE, part_BN.contiguous(), meta=meta))
+        self.shard.write_blocks(block_ids, mine_BN)
 
 
 class EngineShards:

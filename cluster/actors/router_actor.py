@@ -39,7 +39,6 @@ SPARE_SLOTS = 2  # of a group: for what is on its way while what it replaces is 
 NAMESPACE = "tradewind"  # of expert groups, in which a new router finds those of its predecessor
 REPORT_TIMEOUT_S = 1.0
 ENGINE_REPORT_TTL_S = 5.0  # an engine that has not reported for this long is no longer shown
-ALL_REPORTED_S = 2.0  # from a router's start until each engine that lives has reported
 
 T = TypeVar("T")
 
@@ -157,7 +156,7 @@ class Router:
         }
         if self._keeper and load_LE is not None:
             self._keeper.controller.saw_engine(report.process.name, report.epoch, load_LE, now)
-        if now - self._began_at < ALL_REPORTED_S:
+        if now - self._began_at < ENGINE_REPORT_TTL_S:
             return None
         others = [its for _, its in self._engines.values() if its.process.name != report.process.name]
         return {its.process.name: its.copies_address for its in others if its.copies_address}

@@ -60,7 +60,7 @@ def follow(frame: Frame, shard: Shard) -> None:
         case Kind.READ:
             shard.read_blocks(decode_block_ids(frame.meta))
         case Kind.WRITE:
-            (block_id,) = decode_block_ids(frame.meta)
-            shard.write_block(block_id, rows_of(frame, frame.rows.nbytes // 4)[0])
+            part_BN = rows_of(frame, shard.block_sizes[shard.decoder.group.rank])
+            shard.write_blocks(decode_block_ids(frame.meta), part_BN)
         case _:
             raise ValueError(f"rank 0 sends no {frame.kind.name}")

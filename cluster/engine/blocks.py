@@ -100,27 +100,35 @@ class BlockPool:
                 self._block_of[digest] = block
                 self._digest_of[block] = digest
 
+    def refresh(self, digests: Sequence[bytes]) -> int:
+        """Evict these blocks of a prefix later than all others, its end first; return how many are here.
+
+        Counts from the first on, up to one that is not here.
+        """
+        found = self.find_prefix(digests)
+        for block in reversed(found):
+            if self._num_refs[block] == 0:
+                self._free.move_to_end(block)
+        return len(found)
+
     def adopt(self, digests: Sequence[bytes]) -> int | None:
         """Take a block into the prefix cache that an equal engine has computed.
 
-        `digests` are those of the prefix that ends with it. Returns the number of the block that its keys and
-        values must be written to before anything else is asked of this pool. None if it is not wanted: it is
-        here already, the block before it is not, or all blocks are in use.
+        `digests` are of the end of a prefix: of this block, of the one before it unless this is the first,
+        and of any before that. Returns the number of the block that its keys and values must be written to
+        before anything else is asked of this pool. None if it is not wanted: it is here already, the one
+        before it is not, or nothing can be evicted but blocks of `digests`.
         """
-        if not self.prefix_caching:
-            return None
         *prefix, digest = digests
-        parents = [self._block_of[known] for known in prefix if known in self._block_of]
-        self._refresh(parents)  # so that the block which gives way is none of them
-        if len(parents) < len(prefix) or digest in self._block_of or not self._free:
+        if not self.prefix_caching or digest in self._block_of or not self._free:
             return None
-        if next(iter(self._free)) in parents:
+        gives_way = next(iter(self._free))
+        if prefix and (prefix[-1] not in self._block_of or self._digest_of.get(gives_way) in prefix):
             return None
         block = self._take_free()
         self._num_refs[block] = 0
         self._digest_of[block], self._block_of[digest] = digest, block
         self._free[block] = None
-        self._refresh(parents)
         return block
 
     def free(self, request_id: str) -> None:
@@ -146,12 +154,6 @@ class BlockPool:
         assert published == sorted(published), "a cached block would be evicted before an empty one"
         assert all(refs <= 1 for block, refs in enumerate(num_refs) if block not in self._digest_of)
         assert self.prefix_caching or not self._digest_of
-
-    def _refresh(self, prefix: Sequence[int]) -> None:
-        """Evict these blocks, as far as they are free, later than all others, and the first one last."""
-        for block in reversed(prefix):
-            if self._num_refs[block] == 0:
-                self._free.move_to_end(block)
 
     def _take_free(self) -> int:
         block, _ = self._free.popitem(last=False)

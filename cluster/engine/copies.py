@@ -1,6 +1,5 @@
 """Which blocks of running requests the engines have copies of that would go on with them."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,82 +10,135 @@ from cluster.engine.blocks import BlockPool
 from cluster.engine.request_state import RequestState
 from shards.kv_cache import BLOCK_SIZE
 
-# Requests wait for it: of the demo model, 16 blocks are 12 MB. One prompt may fill more in a step; the rest
-# is copied behind the next ones.
-MAX_BLOCKS_PER_STEP = 16
+# Of copies that one step may delay others by, sending or adopting: 22 blocks of the demo model.
+MAX_STEP_BYTES = 16 << 20
+_REFRESH_PERIOD = 16  # blocks of one request; see `BlockRun.digests`
 
 
 @dataclass(frozen=True)
-class BlockCopy:
-    """A full block on its way to another engine."""
+class BlockRun:
+    """Consecutive full blocks of one request, on their way to another engine; or only the question for them.
 
-    digests: tuple[bytes, ...]  # of the prefix that ends with it
-    row: Tensor  # fp32, in host memory: what `Shard.read_blocks` gives
+    B blocks   N numbers of a block
+    """
+
+    # Of blocks at the end of a prefix, among them the one before the first that is sent. Now and then of the
+    # whole prefix, so that the other engine does not evict its beginning before its end.
+    digests: tuple[bytes, ...]
+    rows_BN: Tensor | None  # fp32, in host memory, of the last B digests; None: which of them are there?
+
+
+class Standby(Protocol):
+    """A link to an engine that may have to go on with answers of this one. No call blocks."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it takes more blocks now."""
+
+    def send(self, run: BlockRun, note: "Sent") -> None:
+        """Send blocks, or a question, in the background. It is lost if the engine is."""
+
+    def heard(self) -> "list[tuple[Sent, int]]":
+        """Return what came back: with each note, how many of its run's digests, the first ones, are there."""
 
 
 class Standbys(Protocol):
-    """The other engines of the model, as one engine sees them. No call blocks."""
+    """The other engines of the model that can be reached, as one engine sees them. No call blocks."""
 
-    def standby(self, answer_id: str) -> str | None:
-        """Name the engine that goes on with an answer if this one is lost; None if there is none."""
+    def all(self) -> Iterable[Standby]:
+        """Return each."""
 
-    def room(self, standby: str) -> int:
-        """Return how many copies may be sent there now."""
+    def standby(self, answer_id: str) -> Standby | None:
+        """Return the engine that goes on with an answer if this one is lost; None if there is none."""
 
-    def has(self, standby: str, digest: bytes) -> bool:
-        """Say whether a copy of the block was sent there already."""
 
-    def send(self, standby: str, copy: BlockCopy) -> None:
-        """Send a copy, in the background. It is lost if the engine is, and nobody minds."""
+@dataclass(eq=False)
+class Progress:
+    """How far the copies of one running request have come."""
+
+    standby: Standby
+    ask_from: int = 1  # full blocks; with fewer, it is not worth a question
+    was_asked: bool = False
+    num_copied: int | None = (
+        None  # full blocks, the first ones, that are there or on their way; None: unknown
+    )
 
 
 @dataclass(frozen=True)
-class _Due:
-    standby: str
-    digests: tuple[bytes, ...]
-    block: int
+class Sent:
+    """What an answer is about."""
+
+    progress: Progress
+    num_digests: int
+    is_question: bool
 
 
 class BlockCopier:
     """Sends every full block of a running request, once, to the engine that goes on if this one is lost.
 
-    What it has no room for waits until a later step: of a request that ends meanwhile, no copy is needed.
+    That engine is first asked what it has, and says of each block whether it has kept it. One that was
+    refused, for want of memory or of the block before it, is no reason to go on behind it: the question is
+    asked again when the request has filled another. What there is no room for waits until a later step; of a
+    request that ends meanwhile, no copy is needed.
     """
 
     def __init__(
-        self, blocks: BlockPool, standbys: Standbys, read_blocks: Callable[[Sequence[int]], Tensor]
+        self,
+        blocks: BlockPool,
+        standbys: Standbys,
+        block_bytes: int,
+        read_blocks: Callable[[Sequence[int]], Tensor],
     ) -> None:
         self._blocks = blocks
         self._standbys = standbys
+        self._blocks_per_step = max(1, MAX_STEP_BYTES // block_bytes)
         self._read_blocks = read_blocks
+        self._progress: dict[str, Progress] = {}  # by request id
         self.num_copied = 0  # blocks
 
     def copy(self, states: Iterable[RequestState]) -> None:
-        """Copy what these requests have filled, those first that come first. They must hold their blocks."""
-        due = self._choose(states)
-        if due:
-            rows_BN = self._read_blocks([one.block for one in due])
-            for one, row_N in zip(due, rows_BN, strict=True):
-                self._standbys.send(one.standby, BlockCopy(one.digests, row_N))
-            self.num_copied += len(due)
-
-    def _choose(self, states: Iterable[RequestState]) -> list[_Due]:
-        due: list[_Due] = []
-        chosen: defaultdict[str, set[bytes]] = defaultdict(set)  # by standby: two requests may share blocks
+        """Copy what these requests, all that hold blocks, have filled; those first that come first."""
+        for other in self._standbys.all():
+            for sent, num_there in other.heard():
+                self._hear(sent, num_there)
+        left, progress = self._blocks_per_step, {}
         for state in states:
             standby = self._standbys.standby(state.request.answer_id)
-            if standby != state.copied_to:
-                state.copied_to, state.num_copied = standby, 0
-            num_full = state.num_computed // BLOCK_SIZE
-            if standby is None or state.num_copied >= num_full:
+            if standby is None:
                 continue
-            digests, table = tuple(state.digests(0, num_full)), self._blocks.table(state.id)
-            for index in range(state.num_copied, num_full):
-                digest, new = digests[index], chosen[standby]
-                if digest not in new and not self._standbys.has(standby, digest):
-                    if len(due) == MAX_BLOCKS_PER_STEP or len(new) >= self._standbys.room(standby):
-                        break
-                    new.add(digest)
-                    due.append(_Due(standby, digests[: index + 1], table[index]))
-                state.num_copied += 1
-        return due
+            its = self._progress.get(state.id)
+            if its is None or its.standby is not standby:
+                its = Progress(standby)
+            progress[state.id] = its
+            left -= self._send(state, its, left)
+        self._progress = progress
+
+    def _hear(self, sent: Sent, num_there: int) -> None:
+        its = sent.progress
+        if sent.is_question:
+            its.num_copied = num_there
+        elif num_there < sent.num_digests:
+            for id, current in self._progress.items():
+                if current is its:  # else it was said before, or the request is gone
+                    self._progress[id] = Progress(its.standby, ask_from=(its.num_copied or 0) + 1)
+                    return
+
+    def _send(self, state: RequestState, its: Progress, most: int) -> int:
+        """Ask, or send blocks, or do nothing; return how many blocks were sent."""
+        num_full = state.num_computed // BLOCK_SIZE
+        if not its.was_asked:
+            if num_full >= its.ask_from:
+                digests = tuple(state.digests(0, num_full))
+                its.standby.send(BlockRun(digests, None), Sent(its, num_full, is_question=True))
+                its.was_asked = True
+            return 0
+        if its.num_copied is None or its.num_copied >= num_full or not most or not its.standby.has_room:
+            return 0
+        start, end = its.num_copied, min(num_full, its.num_copied + most)
+        has_to_refresh = start // _REFRESH_PERIOD < end // _REFRESH_PERIOD
+        digests = tuple(state.digests(0 if has_to_refresh else max(0, start - 1), end))
+        rows_BN = self._read_blocks(self._blocks.table(state.id)[start:end])
+        its.standby.send(BlockRun(digests, rows_BN), Sent(its, len(digests), is_question=False))
+        its.num_copied = end
+        self.num_copied += end - start
+        return end - start

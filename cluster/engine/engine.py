@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.engine.blocks import BlockPool
-from cluster.engine.copies import BlockCopier, BlockCopy, Standbys
+from cluster.engine.copies import BlockCopier, BlockRun, Standbys
 from cluster.engine.request import FinishReason, GenerationRequest, Logprob, TokenEvent
 from cluster.engine.request_state import RequestState
 from cluster.engine.scheduler import Scheduler, StepPlan
@@ -26,8 +26,8 @@ class Runner(Protocol):
     def read_blocks(self, block_ids: Sequence[int]) -> Tensor:
         """Return all keys and values of some blocks: fp32, a row for each, in host memory."""
 
-    def write_block(self, block_id: int, row: Tensor) -> None:
-        """Fill a block with a row of `read_blocks`."""
+    def write_blocks(self, block_ids: Sequence[int], rows_BN: Tensor) -> None:
+        """Fill blocks with rows of `read_blocks`."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,14 @@ class Engine:
         max_running: int,
         prefix_caching: bool = True,
         standbys: Standbys | None = None,
+        block_bytes: int = 1,
         request_errors: tuple[type[Exception], ...] = (),
     ):
         """Make an idle engine.
 
-        `context_length` bounds prompt and answer together. `standbys` get copies of what is computed. A
-        `runner` that raises one of `request_errors` fails the requests of that step; anything else it raises
-        comes out of `step`, and the engine should then be thrown away.
+        `context_length` bounds prompt and answer together. `standbys` get copies of what is computed,
+        `block_bytes` for each block. A `runner` that raises one of `request_errors` fails the requests of
+        that step; anything else it raises comes out of `step`, and the engine should then be thrown away.
         """
         for name, value in (("vocab_size", vocab_size), ("context_length", context_length)):
             if value < 1:
@@ -81,7 +82,9 @@ class Engine:
         self.blocks = BlockPool(num_blocks, prefix_caching)
         self.scheduler = Scheduler(self.blocks, max_step_tokens, max_running)
         self._requests: dict[str, RequestState] = {}
-        self._copier = BlockCopier(self.blocks, standbys, runner.read_blocks) if standbys else None
+        self._copier = (
+            BlockCopier(self.blocks, standbys, block_bytes, runner.read_blocks) if standbys else None
+        )
         self._num_adopted_blocks = 0
         self._ended: list[TokenEvent] = []  # ends without a token, for the next step to report
         self._num_computed_tokens = 0
@@ -107,12 +110,20 @@ class Engine:
         if request_id in self._requests:
             self._ended.append(self._end(self._requests[request_id], "abort"))
 
-    def adopt(self, copy: BlockCopy) -> None:
-        """Keep another engine's copy of a block in the prefix cache, if there is room."""
-        block = self.blocks.adopt(copy.digests)
-        if block is not None:
-            self.runner.write_block(block, copy.row)
-            self._num_adopted_blocks += 1
+    def adopt(self, run: BlockRun) -> int:
+        """Keep another engine's copies of blocks in the prefix cache, as far as there is room.
+
+        Returns how many of the run's digests, from the first on, are of blocks that are here now.
+        """
+        if run.rows_BN is not None:
+            first = len(run.digests) - len(run.rows_BN)
+            ends = range(first + 1, len(run.digests) + 1)
+            blocks = [self.blocks.adopt(run.digests[:end]) for end in ends]
+            kept = [row for row, block in enumerate(blocks) if block is not None]
+            if kept:
+                self.runner.write_blocks([block for block in blocks if block is not None], run.rows_BN[kept])
+                self._num_adopted_blocks += len(kept)
+        return self.blocks.refresh(run.digests)
 
     def step(self) -> list[TokenEvent]:
         """Compute one step and return what came of it: at most one event per request.

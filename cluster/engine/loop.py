@@ -9,13 +9,15 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
-from cluster.engine.copies import BlockCopy
+from cluster.engine.copies import MAX_STEP_BYTES, BlockRun
 from cluster.engine.engine import Engine
 from cluster.engine.observer import EngineObserver
 from cluster.engine.request import EngineFull, EngineStopped, Generated, GenerationRequest, TokenEvent
 from shards.background import in_foreground
 
 logger = logging.getLogger(__name__)
+
+LEAST_RUN_BYTES = 1 << 20  # what a run counts at least against MAX_STEP_BYTES, if it holds none
 
 
 @dataclass
@@ -50,6 +52,7 @@ class EngineLoop:
         self._on_failure = on_failure
         self._open: dict[str, _Open] = {}  # by request id; touched by the thread alone
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._runs: SimpleQueue[tuple[BlockRun, Callable[[int], None]]] = SimpleQueue()
         self._stopping = False
         self.failure: BaseException | None = None  # why the thread ended, if it was not asked to
         observer.saw_stats(engine.stats())
@@ -83,17 +86,14 @@ class EngineLoop:
 
         self._inbox.put(abort)
 
-    def adopt(self, copy: BlockCopy, then: Callable[[], None]) -> None:
-        """Keep another engine's copy of a block, before the next step; call `then` when it is read."""
+    def adopt(self, run: BlockRun, then: Callable[[int], None]) -> None:
+        """Keep another engine's copies of blocks, in a pause between steps.
 
-        def adopt() -> None:
-            if not self._stopping:  # as in `_abort`
-                self._engine.adopt(copy)
-            then()
-
-        self._inbox.put(adopt)
-        if self._stopping:  # as in `submit`
-            self._turn_away()
+        `then(number)` says how many of the run's digests are here; from the thread, so it must not block. It
+        is not called if this loop ends before.
+        """
+        self._runs.put((run, then))
+        self._inbox.put(lambda: None)  # wakes the thread
 
     def stop(self) -> None:
         """Stop after the step in progress and wait for the thread's end."""
@@ -107,9 +107,10 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             while True:
-                self._read_inbox(wait=not self._engine.has_work)
+                self._read_inbox(wait=not self._engine.has_work and self._runs.empty())
                 if self._stopping:
                     return
+                self._adopt_some()
                 if self._engine.has_work:
                     self._step()
         except BaseException as failure:
@@ -161,6 +162,16 @@ class EngineLoop:
         if not self._stopping:  # else `_turn_away` calls, perhaps from another thread than the engine's
             for request_id in request_ids:
                 self._engine.abort(request_id)
+
+    def _adopt_some(self) -> None:
+        """Take in copies, but few: requests wait for it."""
+        left = MAX_STEP_BYTES
+        while left > 0 and not self._runs.empty():
+            run, then = self._runs.get()
+            then(self._engine.adopt(run))
+            left -= LEAST_RUN_BYTES + (run.rows_BN.nbytes if run.rows_BN is not None else 0)
+        if left < MAX_STEP_BYTES:
+            self._observer.saw_stats(self._engine.stats())
 
     def _step(self) -> None:
         started_at = time.perf_counter()

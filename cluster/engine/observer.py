@@ -39,7 +39,9 @@ class EngineObserver:
         return self._last
 
     def saw_stats(self, stats: EngineStats) -> None:
-        """Note the engine's numbers: all that an engine can tell before its first step."""
+        """Note the engine's numbers: all that an engine can tell outside its steps."""
+        self._copied_blocks.inc(stats.num_copied_blocks - self._last.num_copied_blocks)
+        self._adopted_blocks.inc(stats.num_adopted_blocks - self._last.num_adopted_blocks)
         for gauge, name in self._gauges:
             gauge.set(getattr(stats, name))
         self._last = stats
@@ -56,8 +58,6 @@ class EngineObserver:
             self._step_tokens.observe(num_computed)
         self._cached_tokens.inc(stats.num_cached_tokens - self._last.num_cached_tokens)
         self._preemptions.inc(stats.num_preemptions - self._last.num_preemptions)
-        self._copied_blocks.inc(stats.num_copied_blocks - self._last.num_copied_blocks)
-        self._adopted_blocks.inc(stats.num_adopted_blocks - self._last.num_adopted_blocks)
         self.saw_stats(stats)
         self._generated.append((time.monotonic(), num_generated))
         while self._generated[0][0] < self._generated[-1][0] - RATE_WINDOW_S:

@@ -25,8 +25,6 @@ class RequestState:
     prompt_ids: NDArray[np.int64] = field(init=False)  # once more for the sampler's penalties
     num_computed: int = 0
     num_cached: int | None = None  # prompt tokens found in the prefix cache when first admitted
-    num_copied: int = 0  # full blocks, the first of all, that `copied_to` was sent
-    copied_to: str | None = None  # the engine that goes on if this one is lost
     _digests: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:

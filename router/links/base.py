@@ -20,9 +20,10 @@ class Kind(IntEnum):
     WEIGHTS = 6  # the answer, with the sequence of its FETCH; meta: JSON, what the rows are
     OPEN = 7  # link -> link, before the first frame of its owner: how its rows will travel
     STEP = 8  # engine -> shard; meta: a step, as shards/step_wire.py has it
-    COPY = 9  # engine -> engine; meta: digests of a prefix, 32 bytes each; the row: its last KV block
-    READ = 10  # engine -> shard: asks all ranks to gather KV blocks; meta: uint32 block ids
-    WRITE = 11  # engine -> shard; meta: uint32 block id; the row: what all ranks have in it
+    COPY = 9  # engine -> engine; meta: digests at the end of a prefix, 32 bytes each; its last KV blocks
+    HELD = 10  # the answer, with the sequence of its COPY; meta: uint32, how many of these are there
+    READ = 11  # engine -> shard: asks all ranks to gather KV blocks; meta: uint32 block ids
+    WRITE = 12  # engine -> shard; meta: uint32 block ids; what this rank has in them
 
 
 class Dtype(IntEnum):

@@ -107,6 +107,7 @@ class LiveEngine:
             max_step_tokens=64,
             max_running=8,
             standbys=self.sender,
+            block_bytes=block_bytes(config),
             request_errors=(ExpertUnavailable,),
         )
         self._listeners: dict[str, Callable[[TokenEvent], None]] = {}  # by request id

@@ -48,13 +48,6 @@ def test_after_random_faults_every_answer_is_the_undisturbed_one_and_nothing_is_
     assert not outcome.problems, outcome.story()
 
 
-def test_in_these_sequences_engines_keep_copies_of_each_others_blocks(
-    workload: Workload, tmp_path: Path
-) -> None:
-    outcomes = [run_sequence(seed, workload, tmp_path / str(seed)) for seed in SEEDS[:4]]
-    assert sum(outcome.num_adopted_blocks for outcome in outcomes) > 0
-
-
 def test_sequences_of_faults_leave_no_weights_groups_or_fleets_in_memory(
     workload: Workload, tmp_path: Path
 ) -> None:

@@ -29,17 +29,17 @@ def test_a_row_has_all_of_a_block(tiny_model, cache):
 def test_what_is_read_here_and_written_there_is_the_same_block_and_no_other_changes(tiny_model, cache):
     other = noise(tiny_model("llama").config, seed=1)
     before = other.read(range(NUM_BLOCKS))
-    other.write(5, cache.read([3])[0])
+    other.write([5, 0], cache.read([3, 6]))
     for mine, its in zip(
         (*cache.keys_BGHS, *cache.values_BGSH), (*other.keys_BGHS, *other.values_BGSH), strict=True
     ):
-        assert torch.equal(mine[3], its[5])
-    untouched = [block for block in range(NUM_BLOCKS) if block != 5]
+        assert torch.equal(mine[[3, 6]], its[[5, 0]])
+    untouched = [block for block in range(NUM_BLOCKS) if block not in (5, 0)]
     assert torch.equal(other.read(untouched), before[untouched])
 
 
 def test_a_row_is_a_copy(cache):
     row = cache.read([3])
     before = row.clone()
-    cache.write(3, torch.zeros_like(row[0]))
+    cache.write([3], torch.zeros_like(row))
     assert torch.equal(row, before)

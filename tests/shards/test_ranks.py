@@ -181,8 +181,8 @@ def test_blocks_that_all_ranks_have_filled_go_on_in_other_ranks(tiny_model, name
         reads = [ranks.pool.submit(shard.read_blocks, BLOCKS[:2]) for shard in ranks.shards]
         rows_BN, *same = (read.result() for read in reads)
         assert all(torch.equal(rows_BN, each) for each in same)
-        for block, row_N in zip((5, 2), rows_BN, strict=True):
-            for shard in others.shards:
-                shard.write_block(block, row_N)
+        sizes = ranks.shards[0].block_sizes
+        for shard, part_BN in zip(others.shards, rows_BN.split(sizes, dim=1), strict=True):
+            shard.write_blocks((5, 2), part_BN)
         (*_, rest) = chunks_of(token_ids, [2 * BLOCK_SIZE, 3], (5, 2, 8))
         assert torch.equal(others.run(StepBatch((rest,))), whole[-1:])

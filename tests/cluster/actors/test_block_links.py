@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from cluster.actors import block_links
-from cluster.actors.block_links import MAX_QUEUED, BlockReceiver, BlockSender
+from cluster.actors.block_links import MAX_RUNS, BlockReceiver, BlockSender, SendingLink
 from cluster.engine.blocks import DIGEST_BYTES
-from cluster.engine.copies import BlockCopy
+from cluster.engine.copies import BlockRun, Progress, Sent
 from router.links.address import Address
 from router.links.base import Frame, Kind, LinkLost
 from router.links.listener import Listener
@@ -32,17 +32,23 @@ pytestmark = pytest.mark.timeout(60)
 
 
 class Other:
-    """An engine that keeps, or only counts, the copies that come to it."""
+    """An engine to which runs come; it takes each in, and answers, when it is told to, or else at once."""
 
-    def __init__(self, directory: Path, keeps_up: bool = True) -> None:
-        self.copies: SimpleQueue[BlockCopy] = SimpleQueue()
-        self.keeps_up = keeps_up
+    def __init__(self, directory: Path, is_prompt: bool = True) -> None:
+        self.runs: SimpleQueue[BlockRun] = SimpleQueue()
+        self.answers: SimpleQueue[Callable[[int], None]] = SimpleQueue()  # of those that are not prompt
+        self.is_prompt = is_prompt
         self.receiver = BlockReceiver(Listener(SECRET, "other", directory, "127.0.0.1"), ROW_SIZE, self.adopt)
 
-    def adopt(self, copy: BlockCopy, then: Callable[[], None]) -> None:
-        self.copies.put(copy)
-        if self.keeps_up:
-            then()
+    def adopt(self, run: BlockRun, then: Callable[[int], None]) -> None:
+        self.runs.put(run)
+        if self.is_prompt:
+            then(len(run.digests))
+        else:
+            self.answers.put(then)
+
+    def next_run(self) -> BlockRun:
+        return self.runs.get(timeout=DEADLINE_S)
 
 
 @pytest.fixture
@@ -68,10 +74,14 @@ def other(tmp_path: Path, cleanup: ExitStack) -> Callable[..., Other]:
     return make
 
 
-def copy_of(num_blocks: int = 1) -> BlockCopy:
-    """Make up a copy of the last of so many blocks."""
-    digests = tuple(secrets.token_bytes(DIGEST_BYTES) for _ in range(num_blocks))
-    return BlockCopy(digests, torch.randn(ROW_SIZE))
+def run_of(num_digests: int = 1, num_rows: int = 1) -> BlockRun:
+    """Make up a run; one without rows is a question."""
+    digests = tuple(secrets.token_bytes(DIGEST_BYTES) for _ in range(num_digests))
+    return BlockRun(digests, torch.randn(num_rows, ROW_SIZE) if num_rows else None)
+
+
+def note_of(run: BlockRun) -> Sent:
+    return Sent(Progress(standby=None), len(run.digests), is_question=run.rows_BN is None)
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -81,91 +91,107 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.005)
 
 
-def wait_for_standby(sender: BlockSender, name: str | None) -> None:
-    wait_until(lambda: sender.standby("answer") == name, f"{name} as standby")
+def wait_for_link(sender: BlockSender) -> SendingLink:
+    """Return the only standby, once it is there."""
+    wait_until(lambda: sender.standby("answer") is not None, "a standby")
+    return sender.standby("answer")
 
 
-def test_copies_arrive_as_they_were_sent(sender, other):
+def names(sender: BlockSender) -> set[str]:
+    return {*sender._ready}
+
+
+def test_runs_arrive_as_they_were_sent_and_each_is_answered(sender, other):
     there = other()
     sender.follow({"b": there.receiver.address})
-    wait_for_standby(sender, "b")
-    copies = [copy_of(1 + number % 5) for number in range(100)]
-    for copy in copies:
-        wait_until(lambda: sender.room("b") > 0, "room")
-        sender.send("b", copy)
-    for copy in copies:
-        arrived = there.copies.get(timeout=DEADLINE_S)
-        assert arrived.digests == copy.digests
-        assert torch.equal(arrived.row, copy.row)
+    link = wait_for_link(sender)
+    runs = [run_of(1 + number % 5, number % 2) for number in range(60)]
+    notes = [note_of(run) for run in runs]
+    for run, note in zip(runs, notes, strict=True):
+        link.send(run, note)
+    for run in runs:
+        arrived = there.next_run()
+        assert arrived.digests == run.digests
+        assert (arrived.rows_BN is None) == (run.rows_BN is None)
+        assert run.rows_BN is None or torch.equal(arrived.rows_BN, run.rows_BN)
+    heard = []
+
+    def is_all_heard() -> bool:
+        heard.extend(link.heard())
+        return len(heard) == len(runs)
+
+    wait_until(is_all_heard, "all answers")
+    assert heard == [(note, note.num_digests) for note in notes]
 
 
 def test_answers_are_shared_out_as_the_gateways_expect(sender, other):
     engines = {name: other() for name in "bcd"}
     sender.follow({name: engine.receiver.address for name, engine in engines.items()})
-    answers = [f"cmpl-{number}" for number in range(50)]
-    expected = [choose_standby(answer, engines.keys()) for answer in answers]
-    wait_until(lambda: [*map(sender.standby, answers)] == expected, "all three engines")
-
-
-def test_what_was_sent_is_remembered_for_each_engine(sender, other):
-    b, c = other(), other()
-    sender.follow({"b": b.receiver.address, "c": c.receiver.address})
-    wait_until(lambda: {sender.standby(str(number)) for number in range(99)} == {"b", "c"}, "two engines")
-    copy = copy_of(2)
-    sender.send("b", copy)
-    first, last = copy.digests
-    assert [sender.has("b", last), sender.has("b", first), sender.has("c", last)] == [True, False, False]
+    wait_until(lambda: names(sender) == {*"bcd"}, "all three engines")
+    for answer in (f"cmpl-{number}" for number in range(50)):
+        assert sender.standby(answer) is sender._ready[choose_standby(answer, engines.keys())]
 
 
 def test_an_engine_that_is_not_there_is_no_standby(sender, other):
     gone, there = other(), other()
     gone.receiver.close()
     sender.follow({"b": gone.receiver.address, "c": there.receiver.address})
-    wait_until(lambda: {sender.standby(str(number)) for number in range(20)} == {"c"}, "the only one there")
-    assert (sender.room("b"), sender.has("b", bytes(32))) == (0, False)
+    wait_until(lambda: names(sender) == {"c"}, "the only one there")
+    assert {sender.standby(str(number)) for number in range(20)} == {sender._ready["c"]}
+
+
+def test_an_engine_that_can_not_be_reached_is_left_alone_for_a_while(sender, other, caplog):
+    caplog.set_level(logging.INFO, block_links.__name__)
+    gone = other()
+    gone.receiver.close()
+    for _ in range(20):
+        sender.follow({"b": gone.receiver.address})
+        wait_until(lambda: "takes no copies" in caplog.text, "a word of it")
+    assert caplog.text.count("takes no copies") == 1
 
 
 def test_an_engine_that_leaves_is_no_standby_any_more_and_may_come_back(sender, other):
     there = other()
     for _ in range(3):
         sender.follow({"b": there.receiver.address})
-        wait_for_standby(sender, "b")
-        copy = copy_of()
-        sender.send("b", copy)
-        assert there.copies.get(timeout=DEADLINE_S).digests == copy.digests
+        link = wait_for_link(sender)
+        link.send(run := run_of(), note_of(run))
+        assert there.next_run().digests == run.digests
         sender.follow({})
         assert sender.standby("answer") is None
+        assert not link.has_room
 
 
-def test_an_engine_that_dies_is_no_standby_once_a_copy_did_not_arrive(sender, tmp_path):
+def test_an_engine_that_dies_is_no_standby_any_more(sender, tmp_path):
     with_its_end = Listener(SECRET, "other", tmp_path, "127.0.0.1")
     sender.follow({"b": str(with_its_end.address)})
-    link = with_its_end.accept(DEADLINE_S)
-    wait_for_standby(sender, "b")
-    link.close()
+    link_there = with_its_end.accept(DEADLINE_S)
+    link = wait_for_link(sender)
+    link_there.close()
     with_its_end.close()
 
     def is_given_up() -> bool:
-        sender.send("b", copy_of())
+        assert link.heard() == []
         return sender.standby("answer") is None
 
     wait_until(is_given_up, "the loss")
 
 
-def test_little_is_in_flight_to_an_engine_that_does_not_keep_up(sender, other):
-    there = other(keeps_up=False)
+def test_little_waits_for_an_engine_that_does_not_keep_up(sender, other, monkeypatch):
+    monkeypatch.setattr(block_links, "MAX_QUEUED_BYTES", 20 * 4 * ROW_SIZE)
+    there = other(is_prompt=False)
     sender.follow({"b": there.receiver.address})
-    wait_for_standby(sender, "b")
-    num_sent = 0
-    # 300 numbers a copy: the sockets hold many. The engine has some in hand, and the link's outbox is short.
-    while num_sent < 100_000:
-        if sender.room("b") > 0:
-            sender.send("b", copy_of())
-            num_sent += 1
-        elif there.copies.qsize() >= MAX_QUEUED:
-            break
-    assert sender.room("b") <= 0
-    assert there.copies.qsize() == MAX_QUEUED
+    link = wait_for_link(sender)
+    idle_since = time.monotonic()
+    while time.monotonic() - idle_since < 0.5:  # until the sockets are full, too
+        if link.has_room:
+            link.send(run := run_of(), note_of(run))
+            idle_since = time.monotonic()
+        else:
+            time.sleep(0.01)
+    assert there.runs.qsize() == MAX_RUNS
+    there.answers.get()(1)
+    wait_until(lambda: there.runs.qsize() == MAX_RUNS + 1, "the next run")
 
 
 def test_an_engine_of_another_cluster_is_no_standby(other, cleanup, tmp_path, caplog):
@@ -181,7 +207,6 @@ def test_an_engine_of_another_cluster_is_no_standby(other, cleanup, tmp_path, ca
     "frame",
     [
         Frame(Kind.COPY),
-        Frame(Kind.COPY, meta=bytes(DIGEST_BYTES)),
         frame_of(Kind.COPY, torch.zeros(1, ROW_SIZE), meta=b""),
         frame_of(Kind.COPY, torch.zeros(1, ROW_SIZE), meta=bytes(DIGEST_BYTES + 1)),
         frame_of(Kind.COPY, torch.zeros(1, ROW_SIZE - 1), meta=bytes(DIGEST_BYTES)),
@@ -189,7 +214,7 @@ def test_an_engine_of_another_cluster_is_no_standby(other, cleanup, tmp_path, ca
         frame_of(Kind.COPY, torch.zeros(1, ROW_SIZE, dtype=torch.bfloat16), meta=bytes(DIGEST_BYTES)),
         frame_of(Kind.WEIGHTS, torch.zeros(1, ROW_SIZE), meta=bytes(DIGEST_BYTES)),
     ],
-    ids=["nothing", "no row", "no digest", "odd digests", "short row", "two rows", "bf16", "weights"],
+    ids=["nothing", "no digest", "odd digests", "short row", "too many rows", "bf16", "weights"],
 )
 def test_a_peer_that_sends_anything_else_is_cut_off_and_nobody_else(sender, other, frame):
     there = other()
@@ -198,21 +223,33 @@ def test_a_peer_that_sends_anything_else_is_cut_off_and_nobody_else(sender, othe
     with pytest.raises(LinkLost):
         link.receive(DEADLINE_S)
     sender.follow({"b": there.receiver.address})
-    wait_for_standby(sender, "b")
-    sender.send("b", copy := copy_of())
-    assert there.copies.get(timeout=DEADLINE_S).digests == copy.digests
+    wait_for_link(sender).send(run := run_of(), note_of(run))
+    assert there.next_run().digests == run.digests
+
+
+@pytest.mark.parametrize("frame", [Frame(Kind.HELD, 1), Frame(Kind.TOKENS, 1, meta=bytes(4))])
+def test_a_standby_that_answers_anything_else_is_one_no_more(sender, tmp_path, frame):
+    listener = Listener(SECRET, "other", tmp_path, "127.0.0.1")
+    sender.follow({"b": str(listener.address)})
+    link_there = listener.accept(DEADLINE_S)
+    link = wait_for_link(sender)
+    link.send(run := run_of(), note_of(run))
+    link_there.send(frame)
+    wait_until(lambda: link.heard() == [] and not link.is_open, "the end of it")
+    listener.close()
+    link_there.close()
 
 
 def test_nothing_is_left_behind(tmp_path):
     before = Belongings.now()
-    for keeps_up in (True, False):
-        there, sender = Other(tmp_path, keeps_up), BlockSender(SECRET, "one")
+    for is_prompt in (True, False):
+        there, sender = Other(tmp_path, is_prompt), BlockSender(SECRET, "one")
         sender.follow({"b": there.receiver.address})
-        wait_for_standby(sender, "b")
-        for _ in range(MAX_QUEUED):
-            sender.send("b", copy_of())
-        there.copies.get(timeout=DEADLINE_S)
+        link = wait_for_link(sender)
+        for _ in range(MAX_RUNS):
+            link.send(run := run_of(), note_of(run))
+        there.next_run()
         sender.close()
         there.receiver.close()
-        del there, sender
+        del there, sender, link
     assert not before.leaks(), [thread.name for thread in threading.enumerate()]

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from router.links.listener import Listener
 from router.links.stream import StreamLink, connect
 from router.placement import Placement
 from router.pushed_placements import PushedPlacements
+from shards.shard import Shard
 from shards.step import StepBatch
 from shards.step_wire import decode_step
+from tests.shards.ranks import ranks_of
 from tests.shards.tiny_models import TinyModel, chunks_of
 
 SECRET = b"one cluster's secret"
@@ -71,20 +74,30 @@ def test_a_shard_that_is_gone_fails_the_step(link, tiny_model):
         LeadingShard(model.shard(), (engines_end,)).run(step)
 
 
-def test_a_shard_does_what_rank_0_does_with_steps_and_blocks(link, tiny_model):
-    model: TinyModel = tiny_model("llama")
+def test_a_rank_does_what_rank_0_does_with_steps_and_blocks(link, tiny_model):
+    model: TinyModel = tiny_model("llama-uneven")
     engines_end, shards_end = link
-    step = StepBatch(tuple(chunks_of(model.tokens(40), [40], (3, 9, 1))))
-    leading, shard = LeadingShard(model.shard(), (engines_end,)), model.shard()
-    leading.run(step)
-    row = leading.read_blocks([9])[0]
-    leading.write_block(5, row)
-    for kind in (Kind.STEP, Kind.READ, Kind.WRITE):
-        frame = shards_end.receive(10)
-        assert frame.kind == kind
-        follow(frame, shard)
-    assert torch.equal(shard.read_blocks([3, 5, 9]), leading.shard.read_blocks([3, 5, 9]))
-    assert torch.equal(shard.read_blocks([5])[0], row)
+    token_ids = model.tokens(40)
+    (chunk,) = chunks_of(token_ids, [40], (3, 9, 1))
+    first, rest = chunks_of(token_ids, [32, 8], (5, 2, 4))
+    kinds = (Kind.STEP, Kind.READ, Kind.WRITE, Kind.STEP)
+
+    def run_rank_1(shard: Shard) -> list[Kind]:
+        frames = []
+        for _ in kinds:
+            frame = shards_end.receive(10)
+            frames.append(frame.kind)
+            follow(frame, shard)
+        return frames
+
+    with ranks_of(model, 2) as ranks, ThreadPoolExecutor(1) as pool:
+        leading = LeadingShard(ranks.shards[0], (engines_end,))
+        followed = pool.submit(run_rank_1, ranks.shards[1])
+        logits = leading.run(StepBatch((chunk,)))
+        leading.write_blocks([5, 2], leading.read_blocks([3, 9]))
+        assert torch.equal(leading.run(StepBatch((rest,))), logits[-1:])
+        assert followed.result(10) == [*kinds]
+    assert first.block_ids == rest.block_ids[:2]
 
 
 def test_a_shard_does_nothing_that_rank_0_does_not_ask_for(tiny_model):

@@ -51,10 +51,11 @@ class FakeRunner:
     def read_blocks(self, block_ids):
         return torch.stack([self._row(block) for block in block_ids])
 
-    def write_block(self, block_id, row):
-        data = row.numpy().tobytes()
-        for offset in range(BLOCK_SIZE):
-            self.cache[block_id, offset] = data[offset * DIGEST_SIZE : (offset + 1) * DIGEST_SIZE]
+    def write_blocks(self, block_ids, rows_BN):
+        for block, row in zip(block_ids, rows_BN, strict=True):
+            data = row.numpy().tobytes()
+            for offset in range(BLOCK_SIZE):
+                self.cache[block, offset] = data[offset * DIGEST_SIZE : (offset + 1) * DIGEST_SIZE]
 
     def _row(self, block):
         data = b"".join(self.cache[block, offset] for offset in range(BLOCK_SIZE))

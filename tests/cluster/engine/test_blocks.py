@@ -93,6 +93,7 @@ class Pool(RuleBasedStateMachine):
             assert self.pool.find_prefix(digests) == prefix
             return
         assert self.pool.find_prefix(digests) == (*prefix, block)
+        assert self.pool.refresh(digests) == len(digests)
         self.content[block] = token_ids
 
     @rule(request_id=consumes(requests))
@@ -242,7 +243,8 @@ def test_without_prefix_caching_nothing_is_shared():
 def adopted(pool, *values):
     """Adopt the blocks of a prefix, one after the other."""
     digests = digests_of(tokens(*values))
-    blocks = [pool.adopt(digests[: index + 1]) for index in range(len(digests))]
+    blocks = [pool.adopt(digests[max(0, index - 1) : index + 1]) for index in range(len(digests))]
+    pool.refresh(digests)
     pool.check()
     return blocks
 
@@ -274,8 +276,9 @@ def test_nothing_is_adopted_where_all_blocks_are_in_use():
 def test_an_adopted_block_does_not_evict_the_prefix_it_stands_on():
     pool = BlockPool(3)
     hold(pool, "a", tokens(5))
-    assert adopted(pool, 1, 2, 3)[2] is None
-    assert len(pool.find_prefix(digests_of(tokens(1, 2, 3)))) == 2
+    adopted(pool, 1, 2)
+    assert pool.adopt(digests_of(tokens(1, 2, 3))) is None
+    assert pool.refresh(digests_of(tokens(1, 2, 3))) == 2
 
 
 def test_adopted_blocks_give_way_from_their_end_and_later_than_what_was_freed_before():
@@ -286,6 +289,12 @@ def test_adopted_blocks_give_way_from_their_end_and_later_than_what_was_freed_be
     for request_id, num_left in (("b", 3), ("c", 2), ("d", 1)):
         pool.reserve(request_id, 1)
         assert len(pool.find_prefix(digests_of(tokens(1, 2, 3)))) == num_left
+
+
+def test_a_prefix_is_known_as_far_as_its_blocks_are_here():
+    pool = BlockPool(8)
+    hold(pool, "a", tokens(1, 2))
+    assert [pool.refresh(digests_of(tokens(*values))) for values in ((1, 2, 3), (1, 3), (3,))] == [2, 1, 0]
 
 
 def test_without_prefix_caching_nothing_is_adopted():

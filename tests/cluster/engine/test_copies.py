@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from fake_runner import VOCAB_SIZE, FakeRunner
 
-from cluster.engine.copies import MAX_BLOCKS_PER_STEP
+from cluster.engine.copies import MAX_STEP_BYTES
 from cluster.engine.engine import Engine
 from cluster.engine.request import GenerationRequest
 from shards.kv_cache import BLOCK_SIZE
@@ -16,27 +16,46 @@ NUM_BLOCKS = 100
 PROMPT = tuple(range(60)) + tuple(range(4))  # four full blocks
 
 
+class Other:
+    """Implements `Standby` without a link: another engine, that adopts at once what is sent, and answers."""
+
+    def __init__(self, num_blocks=NUM_BLOCKS):
+        self.engine = make_engine(num_blocks=num_blocks)
+        self.has_room = True
+        self.runs = []
+        self.answers = []
+
+    def send(self, run, note):
+        assert run.rows_BN is None or self.has_room
+        self.runs.append(run)
+        self.answers.append((note, self.engine.adopt(run)))
+        self.engine.blocks.check()
+
+    def heard(self):
+        heard, self.answers = self.answers, []
+        return heard
+
+    @property
+    def num_adopted(self):
+        return self.engine.stats().num_adopted_blocks
+
+    @property
+    def num_received(self):
+        return sum(len(run.rows_BN) for run in self.runs if run.rows_BN is not None)
+
+
 class Others:
-    """Implements `Standbys` without a link: keeps the copies."""
+    """Implements `Standbys`: one of them goes on with everything."""
 
     def __init__(self):
-        self.chosen = "other"
-        self.places = 1000
-        self.copies = defaultdict(list)  # by engine
+        self.chosen = self.first = Other()
+        self.second = Other()
+
+    def all(self):
+        return (self.first, self.second)
 
     def standby(self, answer_id):
         return self.chosen
-
-    def room(self, standby):
-        return self.places
-
-    def has(self, standby, digest):
-        return digest in (copy.digests[-1] for copy in self.copies[standby])
-
-    def send(self, standby, copy):
-        assert not self.has(standby, copy.digests[-1])
-        self.places -= 1
-        self.copies[standby].append(copy)
 
 
 class Copying:
@@ -58,16 +77,13 @@ class Copying:
                 self.tokens[event.request_id].append(event.token_id)
             self.engine.copy_blocks()
 
-    def num_sent(self, standby="other"):
-        return len(self.others.copies[standby])
 
-
-def make_engine(max_step_tokens=512, **rest):
+def make_engine(max_step_tokens=512, num_blocks=NUM_BLOCKS, **rest):
     return Engine(
-        FakeRunner(NUM_BLOCKS, max_step_tokens),
+        FakeRunner(num_blocks, max_step_tokens),
         vocab_size=VOCAB_SIZE,
         context_length=1000,
-        num_blocks=NUM_BLOCKS,
+        num_blocks=num_blocks,
         max_step_tokens=max_step_tokens,
         max_running=8,
         **rest,
@@ -76,33 +92,27 @@ def make_engine(max_step_tokens=512, **rest):
 
 def test_each_full_block_is_sent_once_when_it_is_full():
     one = Copying()
+    other = one.others.first
     one.submit()
     one.step()
-    assert one.num_sent() == 4
-    one.step(BLOCK_SIZE - 1)
-    assert one.num_sent() == 4
+    assert other.num_received == 0, "it was not asked what it has"
+    one.step()
+    assert other.num_received == 4
+    one.step(BLOCK_SIZE - 2)
+    assert other.num_received == 4
     one.step(1 + 3 * BLOCK_SIZE)
-    assert one.num_sent() == 8
-    assert one.engine.stats().num_copied_blocks == 8
+    assert other.num_received == other.num_adopted == one.engine.stats().num_copied_blocks == 8
 
 
-def test_a_copy_names_the_whole_prefix_that_it_ends():
+def test_what_the_other_engine_has_is_not_sent():
     one = Copying()
-    one.submit()
-    one.step()
-    copies = one.others.copies["other"]
-    assert [copy.digests for copy in copies] == [copies[-1].digests[: end + 1] for end in range(4)]
-
-
-def test_requests_share_the_copies_of_a_common_prefix_too():
-    one = Copying()
+    other = one.others.first
     one.submit("a", (*PROMPT, 1, 2))
-    one.submit("b", (*PROMPT, 3, 4))
-    one.step()
-    assert one.num_sent() == 4
-    one.submit("c", (*PROMPT, 5, 6))
-    one.step()
-    assert one.num_sent() == 4
+    one.step(2)
+    one.submit("b", (*PROMPT, 3, 4, *range(30)))
+    one.step(2)
+    assert other.num_received == 4 + 2
+    assert other.num_adopted == 6
 
 
 def test_a_prefix_that_was_found_in_the_cache_is_sent_too():
@@ -110,61 +120,113 @@ def test_a_prefix_that_was_found_in_the_cache_is_sent_too():
     one.others.chosen = None
     one.submit("a", max_tokens=1)
     one.step()
-    one.others.chosen = "other"
+    one.others.chosen = other = one.others.first
     one.submit("b", (*PROMPT, 1, 2))
-    one.step()
+    one.step(2)
     assert one.engine.stats().num_cached_tokens == len(PROMPT)
-    assert one.num_sent() == 4
+    assert other.num_adopted == 4
 
 
 def test_what_finds_no_room_is_sent_when_there_is_some():
     one = Copying()
-    one.others.places = 2
+    other = one.others.first
+    other.has_room = False
     one.submit()
     one.step(3)
-    assert one.num_sent() == 2
-    one.others.places = 10
+    assert other.num_received == 0
+    other.has_room = True
     one.step()
-    assert one.num_sent() == 4
+    assert other.num_received == 4
 
 
 def test_one_step_copies_no_more_than_requests_can_wait_for():
-    one = Copying()
-    one.submit(prompt=PROMPT * 8)
+    one = Copying(block_bytes=MAX_STEP_BYTES // 3)
+    other = one.others.first
+    one.submit("a")
+    one.submit("b", PROMPT[::-1])
     one.step()
-    assert one.num_sent() == MAX_BLOCKS_PER_STEP
-    one.step()
-    assert one.num_sent() == 32
+    for num_received in (3, 6, 8):
+        one.step()
+        assert other.num_received == num_received
 
 
-def test_another_standby_is_sent_everything():
+def test_a_block_that_is_larger_than_that_is_copied_all_the_same():
+    one = Copying(block_bytes=2 * MAX_STEP_BYTES)
+    one.submit()
+    one.step(3)
+    assert one.others.first.num_received == 2
+
+
+def test_another_standby_gets_everything():
     one = Copying()
     one.submit()
-    one.step()
-    one.others.chosen = "third"
-    one.step()
-    assert one.num_sent("third") == 4
+    one.step(2)
+    one.others.chosen = one.others.second
+    one.step(2)
+    assert one.others.second.num_adopted == 4
 
 
 def test_without_a_standby_nothing_is_read():
     one = Copying()
     one.others.chosen = None
     one.submit()
-    one.step()
+    one.step(2)
     assert one.engine.stats().num_copied_blocks == 0
 
 
-@pytest.mark.parametrize("num_steps", [1, 10, 40])
+def test_what_the_other_engine_has_evicted_is_sent_again():
+    one = Copying()
+    other = one.others.first
+    one.submit()
+    one.step(2)
+    other.engine.submit(GenerationRequest("its own", (5,) * 990, 1, SamplingParams()))
+    other.engine.step()
+    other.engine.submit(GenerationRequest("more", (6,) * 900, 1, SamplingParams()))
+    while other.engine.has_work:
+        other.engine.step()
+    assert other.engine.blocks.refresh(other.runs[0].digests) == 0, "this test evicts nothing"
+    one.step(2 * BLOCK_SIZE + 3)
+    assert other.engine.blocks.refresh(other.runs[-1].digests) == len(other.runs[-1].digests)
+    prefix = max((run.digests for run in other.runs if run.rows_BN is None), key=len)
+    assert other.engine.blocks.refresh(prefix) == len(prefix) > 4
+
+
+def test_an_engine_without_memory_is_not_sent_the_same_again_and_again():
+    one = Copying()
+    one.others.first = one.others.chosen = other = Other(num_blocks=2)
+    one.submit(max_tokens=10 * BLOCK_SIZE)
+    one.step(10 * BLOCK_SIZE)
+    # At first four; then, whenever another block is full, a question, and what is still missing.
+    assert sum(run.rows_BN is None for run in other.runs) <= 11
+    assert other.num_received <= sum(range(14))
+    other.engine.blocks.check()
+
+
+def test_copies_go_on_behind_a_preemption():
+    one = Copying(num_blocks=9)
+    other = one.others.first
+    first, second = (one.submit(id, prompt, 70) for id, prompt in (("a", PROMPT), ("b", PROMPT[::-1])))
+    one.step(60)
+    assert one.engine.stats().num_preemptions > 0, "this test preempts nobody"
+    while one.engine.has_work:
+        one.step()
+    for request in (first, second):
+        emitted = tuple(one.tokens[request.id][:50])
+        other.engine.submit(replace(request, emitted=emitted, is_resumed=True))
+        answer = list(emitted)
+        while other.engine.has_work:
+            answer += [event.token_id for event in other.engine.step()]
+        assert answer == one.tokens[request.id]
+
+
+@pytest.mark.parametrize("num_steps", [2, 10, 40])
 def test_a_lost_answer_goes_on_the_same_where_its_copies_are_and_only_the_rest_is_computed(num_steps):
     one = Copying(max_step_tokens=64)
     request = one.submit()
     one.step(num_steps)
     emitted = tuple(one.tokens["a"])
 
-    other = make_engine()
-    for copy in one.others.copies["other"]:
-        other.adopt(copy)
-    other.blocks.check()
+    other = one.others.first.engine
     num_known = len(PROMPT) + len(emitted)
     other.submit(replace(request, emitted=emitted, is_resumed=True))
     (event,) = other.step()
@@ -179,11 +241,17 @@ def test_a_lost_answer_goes_on_the_same_where_its_copies_are_and_only_the_rest_i
     assert answer == one.tokens["a"]
 
 
-def test_a_copy_that_an_engine_has_no_use_for_changes_nothing():
-    one, other = Copying(), make_engine()
-    one.submit()
-    one.step()
-    *_, last = one.others.copies["other"]
-    other.adopt(last)
-    assert other.stats().num_adopted_blocks == 0
-    assert other.runner.cache == {}
+def test_the_beginning_of_a_long_prefix_is_not_evicted_before_its_end():
+    one = Copying(max_step_tokens=512)
+    other = one.others.first
+    request = one.submit(prompt=PROMPT * 10, max_tokens=300)
+    one.step(290)
+    other.engine.submit(GenerationRequest("its own", (5,) * 900, 1, SamplingParams()))
+    while other.engine.has_work:
+        other.engine.step()
+    digests = max((run.digests for run in other.runs), key=len)
+    num_left = other.engine.blocks.refresh(digests)
+    assert 0 < num_left < len(digests), "nothing, or all, was evicted in this test"
+    held = sum(other.engine.blocks.refresh([digest]) for digest in digests)
+    assert num_left >= held - 16, "what is left is of no use without what stood before it"
+    assert request.answer_id == "a"

@@ -7,12 +7,16 @@ import pytest
 from fake_runner import VOCAB_SIZE, ExpertGone, FakeRunner
 from prometheus_client import CollectorRegistry
 
+from cluster.engine.blocks import block_hash
+from cluster.engine.copies import MAX_STEP_BYTES, BlockRun
 from cluster.engine.engine import Engine
-from cluster.engine.loop import EngineLoop
+from cluster.engine.loop import LEAST_RUN_BYTES, EngineLoop
 from cluster.engine.observer import EngineObserver
 from cluster.engine.request import EngineFull, EngineStopped, Generated, GenerationRequest
 from cluster.metrics import EngineMetrics
+from shards.kv_cache import BLOCK_SIZE
 from shards.sampling_params import SamplingParams
+from shards.step import Chunk, StepBatch
 from tests.stepped_back import is_in_foreground, made_stepped_back
 
 DEADLINE_S = 10.0
@@ -36,6 +40,9 @@ class Gate:
         if self.broken:
             raise self.broken
         return self.runner.run(batch)
+
+    def write_blocks(self, block_ids, rows_BN):
+        self.runner.write_blocks(block_ids, rows_BN)
 
 
 class Served:
@@ -345,3 +352,46 @@ def test_a_failed_step_is_told_once_and_a_stop_is_not(served):
         broken.loop.submit(request(prompt=("no token",)), "gateway").result(DEADLINE_S)
     broken.loop.stop()
     assert told == ["broken"]
+
+
+def runs_of(prompt):
+    """Return what an engine sends another of a prompt of one block: a question, and the block."""
+    runner, digests = FakeRunner(1, BLOCK_SIZE), (block_hash(b"", prompt),)
+    runner.run(StepBatch((Chunk(prompt, 0, (0,), wants_logits=False),)))
+    return BlockRun(digests, None), BlockRun(digests, runner.read_blocks([0]))
+
+
+def test_copies_are_taken_in_while_nothing_runs_and_each_is_answered():
+    one, answers = Served(), SimpleQueue()
+    for run in runs_of((7,) * BLOCK_SIZE):
+        one.loop.adopt(run, answers.put)
+    assert [answers.get(timeout=DEADLINE_S) for _ in range(2)] == [0, 1]
+    one.loop.stop()
+    assert one.registry.get_sample_value("tradewind_engine_kv_blocks_adopted_total", {"model": "m"}) == 1
+
+
+def test_copies_wait_for_the_end_of_a_step_and_no_request_for_many_of_them():
+    one, answers, num_answers = Served(), SimpleQueue(), []
+    one.gate.open.clear()
+    deliver = one.loop._deliver
+    one.loop._deliver = lambda *step: (num_answers.append(answers.qsize()), deliver(*step))
+    running = one.loop.submit(request(max_tokens=3), "gateway")
+    assert one.gate.reached.acquire(timeout=DEADLINE_S)
+    question, _ = runs_of((7,) * BLOCK_SIZE)
+    at_once = MAX_STEP_BYTES // LEAST_RUN_BYTES
+    for _ in range(5 * at_once):
+        one.loop.adopt(question, answers.put)
+    one.gate.open.set()
+    running.result(DEADLINE_S)
+    assert num_answers == [0, 0, at_once, 2 * at_once], "with the receipt, and with each token"
+    for _ in range(5 * at_once):
+        answers.get(timeout=DEADLINE_S)
+    one.loop.stop()
+
+
+def test_a_loop_that_has_ended_takes_no_copies():
+    one, answers = Served(), SimpleQueue()
+    one.loop.stop()
+    for run in runs_of((7,) * BLOCK_SIZE):
+        one.loop.adopt(run, answers.put)
+    assert answers.empty()
