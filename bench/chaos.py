@@ -6,8 +6,9 @@
 
 It starts deployments of its own. Under a steady load of streams, each fault does its harm in the middle. What
 each stream got is compared, token by token and logprob by logprob, with what the same request got when
-nothing happened; that run is called calm. All processes and this client share one machine: the gaps are those
-of a machine that also starts the new processes. Exit status 1: a request failed, or its answer differed.
+nothing happened; gaps and rates, with those right before the fault. All processes and this client share one
+machine: the gaps are those of a machine that also starts the new processes. Exit status 1: a request failed,
+or its answer differed.
 """
 
 import argparse
@@ -47,8 +48,7 @@ from chaos_report import (
 )
 from chaos_target import Target
 
-CALM_S = 60.0  # of undisturbed load: longer than most faults take
-PAUSE_S = 12.0  # of load between two times of one fault, for it to be spread evenly again
+SETTLE_S = 8.0  # of load between two times of one fault, for it to be spread evenly again
 
 
 @dataclass(frozen=True)
@@ -133,28 +133,23 @@ def _run_all(faults: Sequence[Fault], options: Options) -> Iterator[Verdict]:
         while left:
             with serve(shape, options.port, options.logs) as deployment:
                 print(f"\n{shape.name}, {options.streams} streams\n{HEADER}")
-                first = asyncio.run(_undisturbed(deployment, options, 0))
-                calm = asyncio.run(_undisturbed(deployment, options, CALM_S))
+                first = asyncio.run(_undisturbed(deployment, options))
                 known = answers.setdefault(
                     shape.model_name, {stream.request.index: stream.tokens for stream in first.streams}
                 )
-                for run in (first, calm):
-                    yield _judge(run, calm, known, ())
+                yield _judge(first, known, ())
                 is_whole = True
                 while left and is_whole:
                     run = asyncio.run(_disturbed(deployment, fault := left.pop(0), options))
-                    yield _judge(run, calm, known, (WHOLE, *fault.bars))
+                    yield _judge(run, known, (WHOLE, *fault.bars))
                     is_whole = run.trouble is None
 
 
-async def _undisturbed(deployment: Deployment, options: Options, at_least_s: float) -> Run:
-    """Ask the whole list, and go on for as long as is wanted."""
-    began_at = time.perf_counter()
-    enough = asyncio.Event()
-    load = asyncio.create_task(_load(deployment, options, enough))
-    await asyncio.sleep(at_least_s)
+async def _undisturbed(deployment: Deployment, options: Options) -> Run:
+    """Ask the whole list."""
+    began_at, enough = time.perf_counter(), asyncio.Event()
     enough.set()
-    return Run("undisturbed", deployment.shape.name, began_at, await load)
+    return Run("undisturbed", deployment.shape.name, began_at, await _load(deployment, options, enough))
 
 
 async def _disturbed(deployment: Deployment, fault: Fault, options: Options) -> Run:
@@ -170,17 +165,28 @@ async def _disturbed(deployment: Deployment, fault: Fault, options: Options) -> 
         await asyncio.sleep(LEAD_S)
         try:
             for _ in range(fault.times):
+                await asyncio.sleep(fault.before_s)
                 num_before = len(target.blows)
                 await fault.strike(target)
                 await target.until_whole()
                 struck.append((target.blows[num_before].at, time.perf_counter()))
-                await asyncio.sleep(PAUSE_S)
+                await asyncio.sleep(SETTLE_S)
         except (httpx.HTTPError, TimeoutError, LookupError, StopIteration) as error:
             trouble = f"{type(error).__name__}: {error}"
         enough.set()
         streams = await load
         moved = await target.moved_bytes() - moved_before
-        return Run(fault.name, deployment.shape.name, began_at, streams, target.blows, struck, moved, trouble)
+        return Run(
+            fault.name,
+            deployment.shape.name,
+            began_at,
+            streams,
+            target.blows,
+            struck,
+            fault.before_s,
+            moved,
+            trouble,
+        )
 
 
 async def _load(deployment: Deployment, options: Options, enough: asyncio.Event) -> list[Stream]:
@@ -194,9 +200,9 @@ async def _load(deployment: Deployment, options: Options, enough: asyncio.Event)
     )
 
 
-def _judge(run: Run, calm: Run, answers: Answers, bars: Sequence[Bar]) -> Verdict:
-    """Compare a run with the calm one, and print what comes of it."""
-    row = make_row(run, calm, answers)
+def _judge(run: Run, answers: Answers, bars: Sequence[Bar]) -> Verdict:
+    """Say what a run has shown, and print it."""
+    row = make_row(run, answers)
     held = tuple((bar.text, bar.holds(row)) for bar in (*PROMISES, *bars))
     verdict = Verdict(run, row, held, complaints(run, answers))
     print(line(row), flush=True)

@@ -11,7 +11,6 @@ from chaos_target import Blow
 
 LEAD_S = 8.0  # of load before a fault: by then all streams have read their first prompts
 SHORTEST_WINDOW_S = 5.0  # behind a blow
-STRIDE_S = 1.0  # between the windows of an undisturbed run
 BIN_S = 0.25
 
 Answers = Mapping[int, tuple[tuple[str, float], ...]]  # index of the request -> tokens with logprobs
@@ -28,6 +27,7 @@ class Run:
     streams: Sequence[Stream]
     blows: Sequence[Blow] = ()
     struck: Sequence[Window] = ()  # of each time that the fault was done: to when all was whole again
+    before_s: float = 0.0  # for so long before each of these, all was undisturbed
     moved_bytes: int = 0
     trouble: str | None = None  # why it did not go as planned
 
@@ -42,12 +42,15 @@ class Run:
         struck = [(begin, max(end, begin + SHORTEST_WINDOW_S)) for begin, end in self.struck]
         return struck or [self.steady]
 
-    def like_windows(self, length_s: float) -> list[Window]:
-        """Return all windows of this length in an undisturbed run; the whole of it, if that is shorter."""
-        begin, end = self.steady
-        number = math.floor((end - length_s - begin) / STRIDE_S) + 1
-        starts = [begin + STRIDE_S * i for i in range(number)]
-        return [(start, start + length_s) for start in starts] or [self.steady]
+    @property
+    def calm_windows(self) -> list[Window]:
+        """What was right before each of `windows`: as long, but at most `before_s`. Undisturbed: all of it.
+
+        Not a run of its own: processors of one machine differ by a quarter from one minute to the next.
+        """
+        if not self.struck:
+            return self.windows
+        return [(begin - min(end - begin, self.before_s), begin) for begin, end in self.windows]
 
     def tokens_per_s(self, window: Window) -> float:
         begin, end = window
@@ -82,10 +85,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """The numbers of one run beside those of the undisturbed one, called calm.
+    """The numbers of one run: medians over the times that the fault was done.
 
-    A time is the median over the times that the fault was done, and its calm counterpart the median over
-    all windows of that length of the calm run.
+    What is called calm was right before it, and growth and loss are medians of the differences.
     """
 
     name: str
@@ -101,6 +103,7 @@ class Row:
     worst_gap_s: float  # of all times
     calm_p99_s: float
     p99_s: float
+    p99_growth: float  # 0.1: by 10 %
     first_token_s: float  # the longest that a stream waited for its first token
     calm_tokens_per_s: float
     tokens_per_s: float
@@ -125,17 +128,16 @@ PROMISES = (
 WHOLE = Bar("whole again by itself", lambda row: row.whole_after_s is not None and row.trouble is None)
 
 
-def make_row(run: Run, calm: Run, answers: Answers) -> Row:
-    """Compare a run with the calm one of the same deployment, and with what was answered first of all."""
-    windows = run.windows
-    like = calm.like_windows(median(end - begin for begin, end in windows))
+def make_row(run: Run, answers: Answers) -> Row:
+    """Compare a run with what was before each fault, and with what was answered first of all."""
     waits = [stream.token_times[0] - stream.began_at for stream in run.streams if stream.token_times]
-    gaps_s = [run.longest_gap_s(window) for window in windows]
-    calm_gap_s = median(map(calm.longest_gap_s, like))
-    tokens_per_s, calm_tokens_per_s = (
-        median(map(run.tokens_per_s, windows)),
-        median(map(calm.tokens_per_s, like)),
-    )
+
+    def both(measure: Callable[[Window], float]) -> tuple[list[float], list[float]]:
+        return [*map(measure, run.calm_windows)], [*map(measure, run.windows)]
+
+    calm_gaps_s, gaps_s = both(run.longest_gap_s)
+    calm_p99s_s, p99s_s = both(run.p99_gap_s)
+    calm_rates, rates = both(run.tokens_per_s)
     return Row(
         name=run.name,
         shape=run.shape,
@@ -144,16 +146,17 @@ def make_row(run: Run, calm: Run, answers: Answers) -> Row:
         num_503=sum(stream.status == 503 for stream in run.streams),
         differing=sum(difference(stream, answers) is not None for stream in run.streams),
         times=len(run.struck),
-        calm_gap_s=calm_gap_s,
+        calm_gap_s=median(calm_gaps_s),
         gap_s=median(gaps_s),
-        gap_growth_s=median(gaps_s) - calm_gap_s,
+        gap_growth_s=median(gap - calm for gap, calm in zip(gaps_s, calm_gaps_s, strict=True)),
         worst_gap_s=max(gaps_s),
-        calm_p99_s=median(map(calm.p99_gap_s, like)),
-        p99_s=median(map(run.p99_gap_s, windows)),
+        calm_p99_s=median(calm_p99s_s),
+        p99_s=median(p99s_s),
+        p99_growth=median(p99 / calm - 1 for p99, calm in zip(p99s_s, calm_p99s_s, strict=True)),
         first_token_s=max(waits, default=math.inf),
-        calm_tokens_per_s=calm_tokens_per_s,
-        tokens_per_s=tokens_per_s,
-        throughput_lost=1 - tokens_per_s / calm_tokens_per_s,
+        calm_tokens_per_s=median(calm_rates),
+        tokens_per_s=median(rates),
+        throughput_lost=median(1 - rate / calm for rate, calm in zip(rates, calm_rates, strict=True)),
         whole_after_s=run.whole_after_s(),
         moved_bytes=run.moved_bytes,
         trouble=run.trouble,

@@ -130,6 +130,11 @@ class ModelSettings:
         return self.kv_copies and self.prefix_caching and self.engines > 1
 
     @property
+    def most_open(self) -> int:
+        """How many requests all engines together hold, running and waiting."""
+        return self.engines * (self.max_running + self.max_waiting)
+
+    @property
     def engine_cpus(self) -> int:
         """The logical CPUs that one process of an engine asks Ray for."""
         return self.engine_threads or 1

@@ -19,7 +19,10 @@ REPORT_PERIOD_S = 0.5
 
 
 class Engine:
-    """One replica: the model's weights except its experts, the KV cache, and the steps."""
+    """One replica: the model's weights except its experts, the KV cache, and the steps.
+
+    `avoided`, in every call, is read by EngineChoice on the way here.
+    """
 
     def __init__(self, model: ModelSettings, checkpoint: str, secret: bytes) -> None:
         log_to_stderr()
@@ -34,10 +37,7 @@ class Engine:
     async def generate(
         self, request: GenerationRequest, gateway: str, avoided: frozenset[str] = frozenset()
     ) -> Generated:
-        """Serve one request; its events go over the link to `gateway`. Cancelling this call aborts it.
-
-        `request` and `avoided` are read by EngineChoice, on the way here.
-        """
+        """Serve one request; its events go over the link to `gateway`. Cancelling this call aborts it."""
         future = self._process.loop.submit(request, gateway)
         try:
             return await asyncio.wrap_future(future)
@@ -45,22 +45,22 @@ class Engine:
             self._process.loop.abort(request.id)
             raise
 
-    async def ping(self) -> None:
+    async def ping(self, avoided: frozenset[str] = frozenset()) -> None:
         """Return, and so say that this engine answers."""
 
-    async def model_report(self) -> ModelReport:
+    async def model_report(self, avoided: frozenset[str] = frozenset()) -> ModelReport:
         """Return the state of all processes of the model."""
         return await self._router.model_report()
 
-    async def scale_experts(self, num_groups: int) -> Progress:
+    async def scale_experts(self, num_groups: int, avoided: frozenset[str] = frozenset()) -> Progress:
         """Wish for another number of expert groups. Raises ValueError if they are too few."""
         return await self._router.scale(num_groups)
 
-    async def drain_experts(self, group: str) -> Progress:
+    async def drain_experts(self, group: str, avoided: frozenset[str] = frozenset()) -> Progress:
         """Replace an expert group by another. Raises ValueError if there is none of that name."""
         return await self._router.drain(group)
 
-    async def rebalance_experts(self) -> Progress:
+    async def rebalance_experts(self, avoided: frozenset[str] = frozenset()) -> Progress:
         """Plan anew what each expert group should hold."""
         return await self._router.rebalance()
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from hashlib import blake2b
 from pathlib import Path
 
 from cluster.actors.block_links import BlockReceiver, BlockSender
@@ -37,7 +38,8 @@ class EngineProcess:
         """Raises ValueError for a checkpoint or settings that do not fit, or if others can't be started."""
         config = ModelConfig.from_checkpoint(checkpoint)
         context_length = model.served_context(config.context_length)
-        num_blocks = _num_blocks(model, config, context_length, Checkpoint(checkpoint))
+        weights = Checkpoint(checkpoint)
+        num_blocks = _num_blocks(model, config, context_length, weights)
         self._shards: EngineShards | None = None
         if model.tensor_parallel > 1:
             self._shards = EngineShards(model, checkpoint, num_blocks, secret, name)
@@ -59,6 +61,7 @@ class EngineProcess:
             max_step_tokens=model.max_step_tokens,
             max_running=model.max_running,
             prefix_caching=model.prefix_caching,
+            model=_identity(model, config, weights),
             standbys=self._block_sender,
             block_bytes=block_bytes(config),
             request_errors=(ExpertUnavailable,),
@@ -108,6 +111,12 @@ def _end() -> None:
     Gone is seen at once, by Serve and by the gateways; only refusing is not.
     """
     os._exit(1)
+
+
+def _identity(model: ModelSettings, config: ModelConfig, weights: Checkpoint) -> bytes:
+    """Return what keys and values depend on, beside tokens: 32 bytes."""
+    depends_on = (config, model.tensor_parallel, weights.fingerprint())
+    return blake2b(repr(depends_on).encode(), digest_size=32).digest()
 
 
 def _num_blocks(model: ModelSettings, config: ModelConfig, context_length: int, weights: Checkpoint) -> int:

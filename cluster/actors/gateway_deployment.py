@@ -65,7 +65,7 @@ class Gateway:
             is_ready=self._is_ready,
             status=self._status,
             api_keys=self._api_keys,
-            experts=RayExpertCommands(self._engines),
+            experts=RayExpertCommands(self._engines, lambda: self._receiver.avoided),
             admin_access=self._admin_access,
             intake=self._intake,
         )
@@ -88,11 +88,13 @@ class Gateway:
             context_length=model.served_context(config.context_length),
             stop_token_ids=frozenset(config.eos_token_ids),
             created=int((directory / "config.json").stat().st_mtime),
-            engine=RayEngineClient(self._engines[model.name], self._receiver),
+            engine=RayEngineClient(self._engines[model.name], self._receiver, model.most_open),
         )
 
     async def _reports(self) -> list[ModelReport]:
-        calls = (engine.model_report.remote() for engine in self._engines.values())
+        calls = (
+            engine.model_report.remote(avoided=self._receiver.avoided) for engine in self._engines.values()
+        )
         async with asyncio.timeout(STATUS_TIMEOUT_S):
             return list(await asyncio.gather(*calls))
 
@@ -100,7 +102,7 @@ class Gateway:
         """Say whether requests are taken, and every model has an engine that answers."""
         if self._intake.is_closed:
             return False
-        calls = (engine.ping.remote() for engine in self._engines.values())
+        calls = (engine.ping.remote(avoided=self._receiver.avoided) for engine in self._engines.values())
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
                 await asyncio.gather(*calls)

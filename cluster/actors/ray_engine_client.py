@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -27,14 +28,29 @@ class RayEngineClient:
         self,
         handle: DeploymentHandle,
         receiver: TokenReceiver,
+        most_open: int,
         last_frame_timeout_s: float = LAST_FRAME_TIMEOUT_S,
     ) -> None:
+        """`most_open` requests at a time, also while there is no engine; those that are resumed go beyond."""
         self._handle = handle
         self._receiver = receiver
+        self._most_open = most_open
+        self._num_open = 0
         self._last_frame_timeout_s = last_frame_timeout_s
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """Yield the request's events, as EngineClient says; leaving early cancels the call."""
+        if self._num_open >= self._most_open and not request.is_resumed:
+            raise EngineOverloaded(f"this gateway already holds {self._num_open} requests of the model")
+        self._num_open += 1
+        try:
+            async with aclosing(self._events(request)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self._num_open -= 1
+
+    async def _events(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         receiver = self._receiver
         response = self._handle.generate.remote(request, receiver.address, avoided=receiver.avoided)
         events = receiver.open(request.id)

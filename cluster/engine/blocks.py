@@ -11,7 +11,7 @@ DIGEST_BYTES = 32
 
 
 def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """Digest a full block together with all that stands before it; `parent` of the first is `salted_root`.
+    """Digest a full block together with all that stands before it; `parent` of the first is `prefix_root`.
 
     A cached block is trusted by its digest alone, so the digest must resist collisions: Python's `hash`
     would, sooner or later, hand one user the keys and values of another's prompt.
@@ -19,11 +19,12 @@ def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
     return blake2b(parent + array("q", token_ids).tobytes(), digest_size=DIGEST_BYTES).digest()
 
 
-def salted_root(cache_salt: str) -> bytes:
-    """Return what stands before the first block of everybody with this salt; nothing, for the empty one."""
-    return (
-        blake2b(cache_salt.encode(), digest_size=DIGEST_BYTES, person=b"salt").digest() if cache_salt else b""
-    )
+def prefix_root(model: bytes, cache_salt: str) -> bytes:
+    """Return what stands before the first block of all that may share it: a digest.
+
+    `model` is what keys and values depend on beside tokens, in up to 64 bytes: they travel between engines.
+    """
+    return blake2b(cache_salt.encode(), digest_size=DIGEST_BYTES, key=model, person=b"root").digest()
 
 
 class BlockPool:

@@ -62,13 +62,15 @@ class Engine:
         max_step_tokens: int,
         max_running: int,
         prefix_caching: bool = True,
+        model: bytes = b"",
         standbys: Standbys | None = None,
         block_bytes: int = 1,
         request_errors: tuple[type[Exception], ...] = (),
     ):
         """Make an idle engine.
 
-        `context_length` bounds prompt and answer together. `standbys` get copies of what is computed,
+        `context_length` bounds prompt and answer together; `model` tells apart engines whose keys and values
+        differ, in up to 64 bytes. `standbys` get copies of what is computed,
         `block_bytes` for each block. A `runner` that raises one of `request_errors` fails the requests of
         that step; anything else it raises comes out of `step`, and the engine should then be thrown away.
         """
@@ -78,6 +80,7 @@ class Engine:
         self.runner = runner
         self.vocab_size = vocab_size
         self.context_length = context_length
+        self.model = model
         self.request_errors = request_errors
         self.blocks = BlockPool(num_blocks, prefix_caching)
         self.scheduler = Scheduler(self.blocks, max_step_tokens, max_running)
@@ -97,7 +100,7 @@ class Engine:
     def submit(self, request: GenerationRequest) -> None:
         """Queue a request for the next step. Raises ValueError if it can never be served."""
         self._check(request)
-        state = RequestState(request, self.context_length)
+        state = RequestState(request, self.context_length, self.model)
         if state.finish_reason:
             # Resubmitted after its last token: only the word that it is over was lost.
             self._ended.append(TokenEvent(request.id, None, state.finish_reason))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.engine.blocks import block_hash, salted_root
+from cluster.engine.blocks import block_hash, prefix_root
 from cluster.engine.request import FinishReason, GenerationRequest
 from shards.kv_cache import BLOCK_SIZE
 
@@ -21,6 +21,7 @@ class RequestState:
 
     request: GenerationRequest
     context_length: int
+    model: bytes = b""  # as `prefix_root` has it
     token_ids: list[int] = field(init=False)  # prompt and answer
     prompt_ids: NDArray[np.int64] = field(init=False)  # once more for the sampler's penalties
     num_computed: int = 0
@@ -30,6 +31,7 @@ class RequestState:
     def __post_init__(self) -> None:
         self.token_ids = [*self.request.prompt, *self.request.emitted]
         self.prompt_ids = np.array(self.request.prompt, dtype=np.int64)
+        self._root = prefix_root(self.model, self.request.cache_salt)
 
     @property
     def id(self) -> str:
@@ -66,6 +68,6 @@ class RequestState:
         for index in range(first, last):
             while len(self._digests) <= index:
                 start = len(self._digests) * BLOCK_SIZE
-                parent = self._digests[-1] if self._digests else salted_root(self.request.cache_salt)
+                parent = self._digests[-1] if self._digests else self._root
                 self._digests.append(block_hash(parent, self.token_ids[start : start + BLOCK_SIZE]))
             yield self._digests[index]

@@ -26,6 +26,7 @@ from shards.expert_store import ExpertStore
 from shards.kernels.cpu import set_threads
 from shards.sampling_params import SamplingParams
 from shards.shard import Shard, load_shard
+from tests.cluster.adopting_engine import AdoptingEngine, AdoptingEngines
 from tests.router.served_experts import even
 from tests.shards.tiny_models import TinyModel
 
@@ -152,6 +153,28 @@ def test_a_prefix_hit_changes_nothing(model, shard, requests, alone) -> None:
     run(caching, requests)
     assert run(caching, requests) == alone
     assert caching.stats().num_cached_tokens > 0
+
+
+def test_going_on_from_copies_of_a_lost_engines_blocks_changes_nothing(model, shard, requests, alone) -> None:
+    other = AdoptingEngine(engine(model, model.shard(NUM_BLOCKS)))
+    lost = engine(model, shard, standbys=AdoptingEngines(other))
+    answers: dict[str, Answer] = {request.id: [] for request in requests}
+    for request in requests:
+        lost.submit(request)
+    for _ in range(7):
+        for event in lost.step():
+            answers[event.request_id].append(token_of(event))
+        lost.copy_blocks()
+    assert other.num_adopted > 0
+    resumed = [
+        replace(request, emitted=tuple(token for token, _ in answers[request.id]), is_resumed=True)
+        for request in requests
+    ]
+    for id, rest in run(other.engine, resumed).items():
+        answers[id] += rest
+    assert answers == alone
+    num_known = sum(len(request.prompt) + len(request.emitted) for request in resumed)
+    assert other.engine.stats().num_computed_tokens < num_known / 2, "the copies were of no use"
 
 
 def test_preemption_changes_nothing(model, shard, requests, alone) -> None:

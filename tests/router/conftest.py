@@ -1,3 +1,4 @@
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,3 +19,22 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., ServedGroup]]:
     yield start
     for group in served:
         group.kill()
+
+
+@pytest.fixture
+def gate(serve) -> Iterator[Callable[[], threading.Event]]:
+    """Return a maker of events for groups to wait for; all come when the test is over, so that groups end."""
+    gates: list[threading.Event] = []
+
+    def make() -> threading.Event:
+        gates.append(threading.Event())
+        return gates[-1]
+
+    yield make
+    for each in gates:
+        each.set()
+
+
+@pytest.fixture
+def never(gate) -> threading.Event:
+    return gate()

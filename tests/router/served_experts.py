@@ -30,6 +30,9 @@ def even(num_layers: int, num_experts: int, num_groups: int) -> tuple[tuple[tupl
     return tuple(tuple(deck[group::num_groups]) for group in range(num_groups))
 
 
+ALL = even(NUM_LAYERS, NUM_EXPERTS, 1)[0]
+
+
 def expert_formula(layer: int, expert: int, x_ND: Tensor) -> Tensor:
     return x_ND * (expert + 1) + layer * 0.1
 
@@ -110,3 +113,27 @@ def serve_until_killed(name: str, directory: Path, groups: "Queue[Group]") -> No
     torch.set_num_threads(1)
     groups.put(ServedGroup(name, even(NUM_LAYERS, NUM_EXPERTS, 1)[0], directory).group)
     threading.Event().wait()
+
+
+class Watched(PushedPlacements):
+    """Calls `on_look` whenever the dispatcher looks for news: in each layer, and while it waits."""
+
+    def __init__(self, on_look: Callable[[], None], *groups: Group) -> None:
+        super().__init__()
+        self._on_look = on_look
+        self.push(Placement(1, groups))
+
+    def current(self) -> Placement:
+        self._on_look()
+        return super().current()
+
+
+def check(dispatch: Dispatcher, seed: int, num_tokens: int = 5) -> None:
+    """Run every layer and compare bitwise."""
+    for layer in range(NUM_LAYERS):
+        x_TD, expert_TK = some_rows(num_tokens, seed)
+        assert torch.equal(dispatch(layer, x_TD, expert_TK), reference(layer, x_TD, expert_TK))
+
+
+def rows_of(group: ServedGroup) -> int:
+    return sum(group.service.rows_per_expert.values())

@@ -3,6 +3,7 @@
 `step` lets a quarter of a second pass and then checks what must hold at every moment.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import cycle
 
@@ -228,3 +229,22 @@ class Fleet:
             if group.answers:
                 missing = (group.held & ALL) - listed
                 assert not missing, f"{group.name} holds {missing}, but nobody is told"
+
+
+def settled_fleet(**policy) -> Fleet:
+    fleet = Fleet(**policy)
+    fleet.settle()
+    return fleet
+
+
+def replicas(fleet: Fleet) -> Counter[tuple[int, int]]:
+    """Count each expert's replicas in the newest placement."""
+    return Counter(slot for group in fleet.placement.groups for slot in group.slots)
+
+
+def run_until(fleet: Fleet, condition, num_steps: int = 100) -> int:
+    for step in range(num_steps):
+        if condition():
+            return step
+        fleet.step()
+    raise AssertionError(f"it did not come about in {num_steps} steps")

@@ -24,6 +24,20 @@ def test_each_tensor_is_read_as_it_was_saved(tmp_path):
         assert torch.equal(checkpoint.tensor(name), tensor)
 
 
+def test_a_fingerprint_tells_weights_apart_but_not_where_they_lie(tmp_path):
+    def fingerprint(folder, **tensors):
+        (tmp_path / folder).mkdir()
+        save_file(tensors, tmp_path / folder / "model.safetensors")
+        return Checkpoint(tmp_path / folder).fingerprint()
+
+    one = {"a": torch.ones(30, 5), "b": torch.ones(7), "empty": torch.empty(0, 4)}
+    other = {"a": one["a"] + 2**-20, "b": one["a"], "c": one["b"]}
+    assert fingerprint("here", **one) == fingerprint("there", **one)
+    changed = [one | {"a": other["a"]}, one | {"b": other["a"]}, {"a": one["a"], "c": one["b"]}]
+    prints = {fingerprint(f"changed {number}", **each) for number, each in enumerate([one, *changed])}
+    assert len(prints) == 4
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_part_of_a_matrix_is_what_a_slice_of_it_is(tmp_path, dtype):
     whole = torch.randn(7, 5).to(dtype)

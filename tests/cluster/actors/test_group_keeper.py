@@ -213,8 +213,8 @@ def test_a_dead_group_is_replaced_under_its_name(tmp_path: Path):
             cluster.groups[0].die()
             await cluster.until(lambda: len(cluster.groups) == 3, "a replacement")
             assert cluster.groups[2].name == "m/0"
-            await cluster.settled()
-            assert str(cluster.groups[2].listener.address) in cluster.published
+            address = str(cluster.groups[2].listener.address)
+            await cluster.until(lambda: address in cluster.published, "a placement with the replacement")
 
     asyncio.run(run())
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ class Handle:
         self.generate = self
 
     def remote(self, request: GenerationRequest, gateway: str, avoided: frozenset[str]) -> Call:
-        assert request == REQUEST
+        assert request.prompt == REQUEST.prompt
         self.avoided = avoided
         self.calls.append(Call())
         return self.calls[-1]
@@ -64,7 +65,8 @@ async def running(
     sender = TokenSender(SECRET, "engine", lambda gateway, then: None)
     receiver, handle = TokenReceiver(listener), Handle()
     try:
-        yield handle, RayEngineClient(handle, receiver, last_frame_timeout_s=0.2), sender, receiver
+        client = RayEngineClient(handle, receiver, most_open=2, last_frame_timeout_s=0.2)
+        yield handle, client, sender, receiver
     finally:
         sender.close()
         listener.close()
@@ -202,5 +204,32 @@ def test_who_leaves_early_cancels_the_call(tmp_path: Path) -> None:
             assert handle.calls[0].cancelled
             again = receiver.open("a")  # the id is free, and late events go nowhere
             assert again.empty()
+
+    asyncio.run(run())
+
+
+def test_one_request_too_many_is_refused_though_no_engine_was_asked_and_a_resumed_one_is_not(
+    tmp_path: Path,
+) -> None:
+    async def run() -> None:
+        async with running(tmp_path) as (handle, client, _, _):
+            requests = [replace(REQUEST, id=str(number)) for number in range(4)]
+            running_ = [client.generate(request) for request in requests[:2]]
+            waiting = [asyncio.ensure_future(anext(events)) for events in running_]
+            await asyncio.sleep(0)
+            with pytest.raises(EngineOverloaded, match="already holds 2 requests"):
+                await anext(client.generate(requests[2]))
+            assert len(handle.calls) == 2
+            resumed = client.generate(replace(requests[2], is_resumed=True))
+            waiting.append(asyncio.ensure_future(anext(resumed)))
+            await asyncio.sleep(0)
+            assert len(handle.calls) == 3
+            for each in waiting:
+                each.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+            last = asyncio.ensure_future(anext(client.generate(requests[3])))
+            await asyncio.sleep(0)
+            assert len(handle.calls) == 4, "those who have left count no more"
+            last.cancel()
 
     asyncio.run(run())

@@ -10,6 +10,7 @@ from cluster.actors.ray_expert_commands import RayExpertCommands
 from cluster.serve.errors import ApiError
 from router.controller import Progress
 
+AVOIDED = frozenset({"m/stopped"})
 DONE = Progress(2, {"live": 2}, 0, 0, 1.0)
 
 
@@ -28,7 +29,8 @@ class Method:
     def __init__(self, engine, name):
         self.engine, self.name = engine, name
 
-    async def remote(self, *arguments):
+    async def remote(self, *arguments, avoided):
+        assert avoided == AVOIDED
         self.engine.asked.append((self.name, *arguments))
         if isinstance(self.engine.outcome, Exception):
             raise self.engine.outcome
@@ -52,14 +54,16 @@ def through_ray(error):
 )
 def test_a_command_goes_to_an_engine_of_its_model(name, arguments, asked):
     engines = {"m": Engine(DONE), "other": Engine(DONE)}
-    commands = RayExpertCommands(engines)
+    commands = RayExpertCommands(engines, lambda: AVOIDED)
     assert asyncio.run(getattr(commands, name)("m", *arguments)) == DONE
     assert (engines["m"].asked, engines["other"].asked) == ([asked], [])
 
 
 @pytest.mark.parametrize("wrapped", [through_ray, lambda error: error])
 def test_a_mistake_keeps_its_sentence_and_loses_the_traceback(wrapped):
-    commands = RayExpertCommands({"m": Engine(wrapped(ValueError("groups is 1, but it takes 2")))})
+    commands = RayExpertCommands(
+        {"m": Engine(wrapped(ValueError("groups is 1, but it takes 2")))}, lambda: AVOIDED
+    )
     with pytest.raises(ValueError, match=r"^groups is 1, but it takes 2$"):
         asyncio.run(commands.scale("m", 1))
 
@@ -76,7 +80,7 @@ def test_a_mistake_keeps_its_sentence_and_loses_the_traceback(wrapped):
     ],
 )
 def test_who_does_not_answer_is_unavailable(error):
-    commands = RayExpertCommands({"m": Engine(error)}, timeout_s=0.05)
+    commands = RayExpertCommands({"m": Engine(error)}, lambda: AVOIDED, timeout_s=0.05)
     with pytest.raises(ApiError) as raised:
         asyncio.run(commands.rebalance("m"))
     assert raised.value.status == 503

@@ -3,7 +3,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from cluster.engine.blocks import BlockPool, block_hash, salted_root
+from cluster.engine.blocks import BlockPool, block_hash, prefix_root
 from shards.kv_cache import BLOCK_SIZE
 
 NUM_BLOCKS = 6
@@ -131,11 +131,9 @@ def test_a_hash_depends_on_every_token_and_all_before_it():
     assert len(digests) == 5
 
 
-def test_prefixes_of_different_salts_have_no_digest_in_common():
-    salted = {block_hash(salted_root(salt), tokens(1)) for salt in ("", "a", "b")}
-    assert len(salted) == 3
-    assert salted_root("") == b""
-    assert salted_root("a") != b"a", "whoever knows a digest could go on from the middle of another's prompt"
+def test_prefixes_of_different_models_or_salts_have_no_digest_in_common():
+    roots = {prefix_root(model, salt) for model in (b"", b"1", b"2") for salt in ("", "a", "b")}
+    assert len({block_hash(root, tokens(1)) for root in roots}) == 9
 
 
 def test_an_equal_prefix_is_shared_while_it_is_held():

@@ -11,58 +11,17 @@ from cluster.engine.engine import Engine
 from cluster.engine.request import GenerationRequest
 from shards.kv_cache import BLOCK_SIZE
 from shards.sampling_params import SamplingParams
+from tests.cluster.adopting_engine import AdoptingEngine, AdoptingEngines
 
 NUM_BLOCKS = 100
 PROMPT = tuple(range(60)) + tuple(range(4))  # four full blocks
 
 
-class Other:
-    """Implements `Standby` without a link: another engine, that adopts at once what is sent, and answers."""
-
-    def __init__(self, num_blocks=NUM_BLOCKS):
-        self.engine = make_engine(num_blocks=num_blocks)
-        self.has_room = True
-        self.runs = []
-        self.answers = []
-
-    def send(self, run, note):
-        assert run.rows_BN is None or self.has_room
-        self.runs.append(run)
-        self.answers.append((note, self.engine.adopt(run)))
-        self.engine.blocks.check()
-
-    def heard(self):
-        heard, self.answers = self.answers, []
-        return heard
-
-    @property
-    def num_adopted(self):
-        return self.engine.stats().num_adopted_blocks
-
-    @property
-    def num_received(self):
-        return sum(len(run.rows_BN) for run in self.runs if run.rows_BN is not None)
-
-
-class Others:
-    """Implements `Standbys`: one of them goes on with everything."""
-
-    def __init__(self):
-        self.chosen = self.first = Other()
-        self.second = Other()
-
-    def all(self):
-        return (self.first, self.second)
-
-    def standby(self, answer_id):
-        return self.chosen
-
-
 class Copying:
-    """An engine whose loop is this test."""
+    """An engine whose loop is this test, and two others that may go on with its answers."""
 
-    def __init__(self, max_step_tokens=512, **rest):
-        self.others = Others()
+    def __init__(self, max_step_tokens=512, others=(), **rest):
+        self.others = AdoptingEngines(*(others or (AdoptingEngine(make_engine()) for _ in range(2))))
         self.engine = make_engine(max_step_tokens, standbys=self.others, **rest)
         self.tokens = defaultdict(list)
 
@@ -92,7 +51,7 @@ def make_engine(max_step_tokens=512, num_blocks=NUM_BLOCKS, **rest):
 
 def test_each_full_block_is_sent_once_when_it_is_full():
     one = Copying()
-    other = one.others.first
+    other = one.others.engines[0]
     one.submit()
     one.step()
     assert other.num_received == 0, "it was not asked what it has"
@@ -106,7 +65,7 @@ def test_each_full_block_is_sent_once_when_it_is_full():
 
 def test_what_the_other_engine_has_is_not_sent():
     one = Copying()
-    other = one.others.first
+    other = one.others.engines[0]
     one.submit("a", (*PROMPT, 1, 2))
     one.step(2)
     one.submit("b", (*PROMPT, 3, 4, *range(30)))
@@ -120,7 +79,7 @@ def test_a_prefix_that_was_found_in_the_cache_is_sent_too():
     one.others.chosen = None
     one.submit("a", max_tokens=1)
     one.step()
-    one.others.chosen = other = one.others.first
+    one.others.chosen = other = one.others.engines[0]
     one.submit("b", (*PROMPT, 1, 2))
     one.step(2)
     assert one.engine.stats().num_cached_tokens == len(PROMPT)
@@ -129,7 +88,7 @@ def test_a_prefix_that_was_found_in_the_cache_is_sent_too():
 
 def test_what_finds_no_room_is_sent_when_there_is_some():
     one = Copying()
-    other = one.others.first
+    other = one.others.engines[0]
     other.has_room = False
     one.submit()
     one.step(3)
@@ -141,7 +100,7 @@ def test_what_finds_no_room_is_sent_when_there_is_some():
 
 def test_one_step_copies_no_more_than_requests_can_wait_for():
     one = Copying(block_bytes=MAX_STEP_BYTES // 3)
-    other = one.others.first
+    other = one.others.engines[0]
     one.submit("a")
     one.submit("b", PROMPT[::-1])
     one.step()
@@ -154,16 +113,16 @@ def test_a_block_that_is_larger_than_that_is_copied_all_the_same():
     one = Copying(block_bytes=2 * MAX_STEP_BYTES)
     one.submit()
     one.step(3)
-    assert one.others.first.num_received == 2
+    assert one.others.engines[0].num_received == 2
 
 
 def test_another_standby_gets_everything():
     one = Copying()
     one.submit()
     one.step(2)
-    one.others.chosen = one.others.second
+    one.others.chosen = one.others.engines[1]
     one.step(2)
-    assert one.others.second.num_adopted == 4
+    assert one.others.engines[1].num_adopted == 4
 
 
 def test_without_a_standby_nothing_is_read():
@@ -176,7 +135,7 @@ def test_without_a_standby_nothing_is_read():
 
 def test_what_the_other_engine_has_evicted_is_sent_again():
     one = Copying()
-    other = one.others.first
+    other = one.others.engines[0]
     one.submit()
     one.step(2)
     other.engine.submit(GenerationRequest("its own", (5,) * 990, 1, SamplingParams()))
@@ -192,8 +151,8 @@ def test_what_the_other_engine_has_evicted_is_sent_again():
 
 
 def test_an_engine_without_memory_is_not_sent_the_same_again_and_again():
-    one = Copying()
-    one.others.first = one.others.chosen = other = Other(num_blocks=2)
+    other = AdoptingEngine(make_engine(num_blocks=2))
+    one = Copying(others=[other])
     one.submit(max_tokens=10 * BLOCK_SIZE)
     one.step(10 * BLOCK_SIZE)
     # At first four; then, whenever another block is full, a question, and what is still missing.
@@ -204,7 +163,7 @@ def test_an_engine_without_memory_is_not_sent_the_same_again_and_again():
 
 def test_copies_go_on_behind_a_preemption():
     one = Copying(num_blocks=9)
-    other = one.others.first
+    other = one.others.engines[0]
     first, second = (one.submit(id, prompt, 70) for id, prompt in (("a", PROMPT), ("b", PROMPT[::-1])))
     one.step(60)
     assert one.engine.stats().num_preemptions > 0, "this test preempts nobody"
@@ -226,7 +185,7 @@ def test_a_lost_answer_goes_on_the_same_where_its_copies_are_and_only_the_rest_i
     one.step(num_steps)
     emitted = tuple(one.tokens["a"])
 
-    other = one.others.first.engine
+    other = one.others.engines[0].engine
     num_known = len(PROMPT) + len(emitted)
     other.submit(replace(request, emitted=emitted, is_resumed=True))
     (event,) = other.step()
@@ -241,9 +200,20 @@ def test_a_lost_answer_goes_on_the_same_where_its_copies_are_and_only_the_rest_i
     assert answer == one.tokens["a"]
 
 
+def test_an_engine_of_another_model_does_not_use_copies():
+    other = AdoptingEngine(make_engine(model=b"other"))
+    one = Copying(others=[other], model=b"one")
+    request = one.submit()
+    one.step(10)
+    assert other.num_adopted == 4
+    other.engine.submit(request)
+    other.engine.step()
+    assert other.engine.stats().num_computed_tokens == len(PROMPT)
+
+
 def test_the_beginning_of_a_long_prefix_is_not_evicted_before_its_end():
     one = Copying(max_step_tokens=512)
-    other = one.others.first
+    other = one.others.engines[0]
     request = one.submit(prompt=PROMPT * 10, max_tokens=300)
     one.step(290)
     other.engine.submit(GenerationRequest("its own", (5,) * 900, 1, SamplingParams()))
