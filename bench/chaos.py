@@ -42,6 +42,7 @@ from chaos_report import (
     Bar,
     Row,
     Run,
+    Window,
     complaints,
     line,
     make_row,
@@ -169,7 +170,7 @@ async def _disturbed(deployment: Deployment, fault: Fault, options: Options) -> 
                 num_before = len(target.blows)
                 await fault.strike(target)
                 await target.until_whole()
-                struck.append((target.blows[num_before].at, time.perf_counter()))
+                struck.append(Window(target.blows[num_before].at, time.perf_counter()))
                 await asyncio.sleep(SETTLE_S)
         except (httpx.HTTPError, TimeoutError, LookupError, StopIteration) as error:
             trouble = f"{type(error).__name__}: {error}"

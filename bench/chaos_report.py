@@ -14,7 +14,23 @@ SHORTEST_WINDOW_S = 5.0  # behind a blow
 BIN_S = 0.25
 
 Answers = Mapping[int, tuple[tuple[str, float], ...]]  # index of the request -> tokens with logprobs
-Window = tuple[float, float]  # begin and end
+
+
+@dataclass(frozen=True)
+class Window:
+    """A time whose gaps and tokens are looked at."""
+
+    begin: float
+    end: float
+    ends_in_harm: bool = False  # then a gap that lasts beyond the end belongs to what follows
+
+    @property
+    def length_s(self) -> float:
+        return self.end - self.begin
+
+    def has(self, begin: float, end: float) -> bool:
+        """Say whether a gap belongs to it: one of which some part is in it."""
+        return self.begin <= end and (end < self.end if self.ends_in_harm else begin < self.end)
 
 
 @dataclass(frozen=True)
@@ -34,12 +50,12 @@ class Run:
     @property
     def steady(self) -> Window:
         """From when all streams have read their first prompts until the last stream begins."""
-        return self.began_at + LEAD_S, max(stream.began_at for stream in self.streams)
+        return Window(self.began_at + LEAD_S, max(stream.began_at for stream in self.streams))
 
     @property
     def windows(self) -> list[Window]:
         """Each time that the fault was done; of an undisturbed run, all of it."""
-        struck = [(begin, max(end, begin + SHORTEST_WINDOW_S)) for begin, end in self.struck]
+        struck = [Window(each.begin, max(each.end, each.begin + SHORTEST_WINDOW_S)) for each in self.struck]
         return struck or [self.steady]
 
     @property
@@ -50,18 +66,21 @@ class Run:
         """
         if not self.struck:
             return self.windows
-        return [(begin - min(end - begin, self.before_s), begin) for begin, end in self.windows]
+        return [
+            Window(each.begin - min(each.length_s, self.before_s), each.begin, ends_in_harm=True)
+            for each in self.windows
+        ]
 
     def tokens_per_s(self, window: Window) -> float:
-        begin, end = window
-        return sum(begin <= at < end for s in self.streams for at in s.token_times) / (end - begin)
+        times = (at for stream in self.streams for at in stream.token_times)
+        return sum(window.begin <= at < window.end for at in times) / window.length_s
 
     def longest_gap_s(self, window: Window) -> float:
-        """Between two tokens of one stream; of gaps of which some part is in the window."""
+        """Between two tokens of one stream, of the gaps that belong to the window."""
         return max(self._gaps(window), default=math.inf)
 
     def p99_gap_s(self, window: Window) -> float:
-        """Of the gaps of which some part is in the window."""
+        """Of the gaps that belong to the window."""
         gaps = sorted(self._gaps(window))
         return gaps[int(0.99 * len(gaps))] if gaps else math.inf
 
@@ -79,8 +98,8 @@ class Run:
         return bins
 
     def _gaps(self, window: Window) -> list[float]:
-        begin, end = window
-        return [gap for stream in self.streams for at, gap in stream.gaps() if begin <= at < end + gap]
+        gaps = (each for stream in self.streams for each in stream.gaps())
+        return [gap for at, gap in gaps if window.has(at - gap, at)]
 
 
 @dataclass(frozen=True)
