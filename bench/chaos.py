@@ -1,6 +1,6 @@
 """What does a client under load notice when a process dies, a host is cut off, or an operator changes things?
 
-    make bench-chaos                                       # all of it: about half an hour
+    make bench-chaos                                       # all of it: about 40 minutes
     python bench/chaos.py --only kill-group,kill-router    # some of it; --list names all
     python bench/chaos.py --json out.json --plot out.png   # numbers for programs, tokens per second for eyes
 
