@@ -87,35 +87,30 @@ class EngineMetrics:
             # Two engines of one model on a node add up; a dead one must not count any more.
             return Gauge(name, text, ["model"], registry=registry, multiprocess_mode="livesum")
 
+        def counter(name: str, text: str) -> Counter:
+            return Counter(name, text, ["model"], registry=registry)
+
         self.running = gauge(
             "tradewind_engine_requests_running", "Requests with blocks, in the current batch."
         )
         self.waiting = gauge("tradewind_engine_requests_waiting", "Requests that wait for admission.")
         self.used_blocks = gauge("tradewind_engine_kv_blocks_used", "KV blocks that requests hold.")
         self.total_blocks = gauge("tradewind_engine_kv_blocks", "KV blocks that exist.")
-        self.cached_tokens = Counter(
+        self.cached_tokens = counter(
             "tradewind_engine_prefix_cached_tokens_total",
             "Prompt tokens found in the prefix cache, not computed.",
-            ["model"],
-            registry=registry,
         )
-        self.preemptions = Counter(
+        self.preemptions = counter(
             "tradewind_engine_preemptions_total",
             "Requests put back to the queue for lack of blocks.",
-            ["model"],
-            registry=registry,
         )
-        self.copied_blocks = Counter(
+        self.copied_blocks = counter(
             "tradewind_engine_kv_blocks_copied_total",
             "KV blocks sent to the engine that goes on with their requests if this one is lost.",
-            ["model"],
-            registry=registry,
         )
-        self.adopted_blocks = Counter(
+        self.adopted_blocks = counter(
             "tradewind_engine_kv_blocks_adopted_total",
             "KV blocks of other engines taken into the prefix cache.",
-            ["model"],
-            registry=registry,
         )
         self.step_seconds = Histogram(
             "tradewind_engine_step_duration_seconds",
@@ -139,17 +134,13 @@ class EngineMetrics:
             buckets=_LATENCY_BUCKETS,
         )
 
-        self.failovers = Counter(
+        self.failovers = counter(
             "tradewind_failovers_total",
             "Expert groups lost with rows on the way to them.",
-            ["model"],
-            registry=registry,
         )
-        self.rows_resent = Counter(
+        self.rows_resent = counter(
             "tradewind_rows_resent_total",
             "Rows sent once more, to another replica, because their group was lost.",
-            ["model"],
-            registry=registry,
         )
 
 

@@ -53,6 +53,11 @@ class KVCache:
             yield from pair
 
 
+def block_numbers(config: ModelConfig) -> int:
+    """Return how many numbers one block has over all layers, keys and values: a row of `KVCache.read`."""
+    return config.num_layers * 2 * config.num_kv_heads * config.head_dim * BLOCK_SIZE
+
+
 def block_bytes(config: ModelConfig) -> int:
     """Return the bytes of one block over all layers, keys and values, in fp32."""
-    return config.num_layers * 2 * config.num_kv_heads * config.head_dim * BLOCK_SIZE * 4
+    return block_numbers(config) * 4

@@ -11,7 +11,7 @@ from router.groups.single import SingleRank
 from shards.checkpoint import Checkpoint
 from shards.config import ModelConfig
 from shards.expert_store import ExpertStore, LocalExperts
-from shards.kv_cache import KVCache, block_bytes
+from shards.kv_cache import KVCache, block_numbers
 from shards.layers.moe import Experts
 from shards.models.decoder import Decoder
 from shards.partition import Share, all_experts, all_tensors, engine_tensors
@@ -76,5 +76,5 @@ def load_shard(
         reader = WeightReader(checkpoint, engine_tensors(config), progress, parts=share.parts())
     decoder = Decoder.read(reader, share, experts, group, divide_tokens)
     shares = [Share.of(config, rank, group.size) for rank in range(group.size)]
-    sizes = tuple(block_bytes(share.config) // 4 for share in shares)  # fp32
+    sizes = tuple(block_numbers(share.config) for share in shares)
     return Shard(decoder, KVCache.allocate(share.config, num_blocks), sizes)

@@ -17,7 +17,7 @@ from cluster.engine.blocks import DIGEST_BYTES
 from cluster.engine.copies import MAX_STEP_BYTES, BlockRun, Sent, Standby
 from router.links.address import Address
 from router.links.base import Dtype, Frame, Kind, Link, LinkLost
-from router.links.listener import Listener
+from router.links.listener import Listener, serve_links
 from router.links.rows import frame_of, rows_of
 from router.links.stream import connect
 from router.requests import choose_standby
@@ -41,23 +41,22 @@ class BlockSender:
         self._secret = secret
         self._name = name
         self._lock = threading.Lock()
-        self._links: dict[str, SendingLink] = {}
-        self._ready: Mapping[str, SendingLink] = {}  # replaced, never changed: the engine's thread reads it
+        self._links: Mapping[str, SendingLink] = {}  # replaced, never changed: the engine's thread reads it
         self._retry_at: dict[str, float] = {}
 
     def follow(self, engines: Mapping[str, str]) -> None:
         """Take note of all other engines of the model: the address that each listens at, by its name."""
         with self._lock:
-            left = [self._links.pop(name) for name in self._links.keys() - engines.keys()]
             now = time.monotonic()
+            left = [link for name, link in self._links.items() if name not in engines]
+            kept = {name: link for name, link in self._links.items() if name in engines}
             new = {
                 name: SendingLink()
-                for name in engines.keys() - self._links.keys()
+                for name in engines.keys() - kept.keys()
                 if self._retry_at.get(name, now) <= now
             }
-            self._links |= new
+            self._links = kept | new
             self._retry_at = {name: at for name, at in self._retry_at.items() if name in engines}
-            self._tell()
         for link in left:
             link.close()
         for name, link in new.items():
@@ -66,12 +65,12 @@ class BlockSender:
             ).start()
 
     def all(self) -> Iterable[Standby]:
-        return self._ready.values()
+        return self._open().values()
 
     def standby(self, answer_id: str) -> Standby | None:
-        ready = self._ready
-        name = choose_standby(answer_id, ready.keys())
-        return None if name is None else ready[name]
+        links = self._open()
+        name = choose_standby(answer_id, links.keys())
+        return None if name is None else links[name]
 
     def close(self) -> None:
         """Close every link."""
@@ -80,8 +79,6 @@ class BlockSender:
     def _run(self, name: str, address: str, link: "SendingLink") -> None:
         try:
             link.open(connect(Address.parse(address), self._secret, self._name, CONNECT_TIMEOUT_S))
-            with self._lock:
-                self._tell()
             link.run()
         except (OSError, ValueError) as error:
             logger.info("engine %s takes no copies: %s", name, error)
@@ -89,12 +86,11 @@ class BlockSender:
             link.close()
             with self._lock:
                 if self._links.get(name) is link:
-                    del self._links[name]
+                    self._links = {other: its for other, its in self._links.items() if its is not link}
                     self._retry_at[name] = time.monotonic() + RETRY_S
-                self._tell()
 
-    def _tell(self) -> None:
-        self._ready = {name: link for name, link in self._links.items() if link.is_open}
+    def _open(self) -> dict[str, "SendingLink"]:
+        return {name: link for name, link in self._links.items() if link.is_open}
 
 
 class SendingLink:
@@ -123,7 +119,7 @@ class SendingLink:
     def send(self, run: BlockRun, note: Sent) -> None:
         self._sequence = (self._sequence + 1) % (1 << 32)
         self._notes[self._sequence] = note
-        self._put_bytes += _row_bytes(run)
+        self._put_bytes += run.num_bytes
         self._outbox.put((self._sequence, run))
 
     def heard(self) -> list[tuple[Sent, int]]:
@@ -152,7 +148,7 @@ class SendingLink:
                 self._link.send(Frame(Kind.COPY, sequence, meta=meta))
             else:
                 self._link.send(frame_of(Kind.COPY, run.rows_BN, sequence=sequence, meta=meta))
-            self._sent_bytes += _row_bytes(run)
+            self._sent_bytes += run.num_bytes
 
     def close(self) -> None:
         """Let the thread end, also one that waits for an engine that takes nothing."""
@@ -172,7 +168,7 @@ class BlockReceiver:
         self._listener = listener
         self._row_size = row_size
         self._adopt = adopt
-        threading.Thread(target=self._accept, name="block-accept", daemon=True).start()
+        serve_links(listener, self._read, "block-receiver")
 
     @property
     def address(self) -> str:
@@ -181,14 +177,6 @@ class BlockReceiver:
     def close(self) -> None:
         """Take no more links; those that are there end with their senders."""
         self._listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                link = self._listener.accept()
-            except LinkLost:
-                return  # the listener was closed
-            threading.Thread(target=self._read, args=(link,), name="block-receiver", daemon=True).start()
 
     def _read(self, link: Link) -> None:
         places = threading.Semaphore(MAX_RUNS)
@@ -211,10 +199,6 @@ class BlockReceiver:
             logger.info("no more copies come from %s: %s", link.peer, error)
         finally:
             link.close()
-
-
-def _row_bytes(run: BlockRun) -> int:
-    return 0 if run.rows_BN is None else run.rows_BN.nbytes
 
 
 def _run_of(frame: Frame, row_size: int) -> BlockRun:

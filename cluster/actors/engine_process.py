@@ -23,7 +23,7 @@ from router.dispatch import ExpertUnavailable
 from router.groups.single import SingleRank
 from shards.checkpoint import Checkpoint
 from shards.config import ModelConfig
-from shards.kv_cache import block_bytes
+from shards.kv_cache import block_bytes, block_numbers
 from shards.partition import all_tensors, engine_tensors
 
 FIRST_PLACEMENT_TIMEOUT_S = 600.0
@@ -61,7 +61,7 @@ class EngineProcess:
             max_step_tokens=model.max_step_tokens,
             max_running=model.max_running,
             prefix_caching=model.prefix_caching,
-            model=_identity(model, config, weights),
+            model=_identity(model, config, weights) if self._block_sender else b"",
             standbys=self._block_sender,
             block_bytes=block_bytes(config),
             request_errors=(ExpertUnavailable,),
@@ -77,8 +77,7 @@ class EngineProcess:
         )
         self._block_receiver: BlockReceiver | None = None
         if self._block_sender:
-            row_size = block_bytes(config) // 4  # fp32
-            self._block_receiver = BlockReceiver(listen(secret, name), row_size, self.loop.adopt)
+            self._block_receiver = BlockReceiver(listen(secret, name), block_numbers(config), self.loop.adopt)
 
     @property
     def copies_address(self) -> str | None:

@@ -17,7 +17,7 @@ from cluster.engine.request import TokenEvent
 from cluster.engine.token_wire import decode_events, encode_events
 from router.links.address import Address
 from router.links.base import Frame, Kind, Link, LinkLost
-from router.links.listener import Listener
+from router.links.listener import Listener, serve_links
 from router.links.stream import connect
 from shards.background import in_foreground
 
@@ -105,7 +105,7 @@ class TokenReceiver:
         self._lost_at: dict[str, float] = {}  # by the engine's name, in the loop's seconds
         self._waiting: dict[str, asyncio.Queue[TokenEvent | LinkLost]] = {}
         self._link_of: dict[str, Link] = {}  # by the request whose events come over it
-        threading.Thread(target=self._accept, name="token-accept", daemon=True).start()
+        serve_links(listener, self._read, "token-link")
 
     @property
     def address(self) -> str:
@@ -131,14 +131,6 @@ class TokenReceiver:
         """Let go of a request; events that still come for it are dropped."""
         del self._waiting[request_id]
         self._link_of.pop(request_id, None)
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                link = self._listener.accept()
-            except LinkLost:
-                return  # the listener was closed
-            threading.Thread(target=self._read, args=(link,), name="token-link", daemon=True).start()
 
     def _read(self, link: Link) -> None:
         try:

@@ -27,6 +27,11 @@ class BlockRun:
     digests: tuple[bytes, ...]
     rows_BN: Tensor | None  # fp32, in host memory, of the last B digests; None: which of them are there?
 
+    @property
+    def num_bytes(self) -> int:
+        """The memory that its rows take."""
+        return 0 if self.rows_BN is None else self.rows_BN.nbytes
+
 
 class Standby(Protocol):
     """A link to an engine that may have to go on with answers of this one. No call blocks."""
@@ -59,9 +64,7 @@ class Progress:
     standby: Standby
     ask_from: int = 1  # full blocks; with fewer, it is not worth a question
     was_asked: bool = False
-    num_copied: int | None = (
-        None  # full blocks, the first ones, that are there or on their way; None: unknown
-    )
+    num_copied: int | None = None  # full blocks, the first ones, there or on their way; None: unknown
 
 
 @dataclass(frozen=True)
@@ -117,11 +120,9 @@ class BlockCopier:
         its = sent.progress
         if sent.is_question:
             its.num_copied = num_there
-        elif num_there < sent.num_digests:
-            for id, current in self._progress.items():
-                if current is its:  # else it was said before, or the request is gone
-                    self._progress[id] = Progress(its.standby, ask_from=(its.num_copied or 0) + 1)
-                    return
+        elif num_there < sent.num_digests and its.num_copied is not None:
+            # What else was sent is answered before the next question is: by then, nothing is known.
+            its.was_asked, its.ask_from, its.num_copied = False, its.num_copied + 1, None
 
     def _send(self, state: RequestState, its: Progress, most: int) -> int:
         """Ask, or send blocks, or do nothing; return how many blocks were sent."""

@@ -70,9 +70,9 @@ class Engine:
         """Make an idle engine.
 
         `context_length` bounds prompt and answer together; `model` tells apart engines whose keys and values
-        differ, in up to 64 bytes. `standbys` get copies of what is computed,
-        `block_bytes` for each block. A `runner` that raises one of `request_errors` fails the requests of
-        that step; anything else it raises comes out of `step`, and the engine should then be thrown away.
+        differ, in up to 64 bytes. `standbys` get copies of what is computed, `block_bytes` for each block. A
+        `runner` that raises one of `request_errors` fails the requests of that step; anything else it raises
+        comes out of `step`, and the engine should then be thrown away.
         """
         for name, value in (("vocab_size", vocab_size), ("context_length", context_length)):
             if value < 1:
@@ -120,12 +120,14 @@ class Engine:
         """
         if run.rows_BN is not None:
             first = len(run.digests) - len(run.rows_BN)
-            ends = range(first + 1, len(run.digests) + 1)
-            blocks = [self.blocks.adopt(run.digests[:end]) for end in ends]
-            kept = [row for row, block in enumerate(blocks) if block is not None]
-            if kept:
-                self.runner.write_blocks([block for block in blocks if block is not None], run.rows_BN[kept])
-                self._num_adopted_blocks += len(kept)
+            block_of = {}  # by row, of those that are wanted
+            for row in range(len(run.rows_BN)):
+                block = self.blocks.adopt(run.digests[: first + row + 1])
+                if block is not None:
+                    block_of[row] = block
+            if block_of:
+                self.runner.write_blocks([*block_of.values()], run.rows_BN[[*block_of]])
+                self._num_adopted_blocks += len(block_of)
         return self.blocks.refresh(run.digests)
 
     def step(self) -> list[TokenEvent]:

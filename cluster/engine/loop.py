@@ -17,7 +17,7 @@ from shards.background import in_foreground
 
 logger = logging.getLogger(__name__)
 
-LEAST_RUN_BYTES = 1 << 20  # what a run counts at least against MAX_STEP_BYTES, if it holds none
+LEAST_RUN_BYTES = 1 << 20  # what a run counts against MAX_STEP_BYTES, beside what it holds
 
 
 @dataclass
@@ -169,7 +169,7 @@ class EngineLoop:
         while left > 0 and not self._runs.empty():
             run, then = self._runs.get()
             then(self._engine.adopt(run))
-            left -= LEAST_RUN_BYTES + (run.rows_BN.nbytes if run.rows_BN is not None else 0)
+            left -= LEAST_RUN_BYTES + run.num_bytes
         if left < MAX_STEP_BYTES:
             self._observer.saw_stats(self._engine.stats())
 

@@ -8,11 +8,12 @@ import socket
 import threading
 import uuid
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from stat import S_ISDIR, filemode
 
 from router.links.address import Address, this_host_id
-from router.links.base import LinkLost
+from router.links.base import Link, LinkLost
 from router.links.handshake import check_identity, greet_as_listener
 from router.links.stream import StreamLink
 from router.links.wire import MAX_FRAME_BYTES
@@ -175,6 +176,23 @@ class Listener:
             with self._lock:
                 self._greeting.discard(sock)
             places.release()
+
+
+def serve_links(listener: Listener, serve: Callable[[Link], None], name: str) -> None:
+    """Run `serve` for each link that comes, in a thread of its own, until the listener is closed.
+
+    Does not wait; all threads have this name.
+    """
+
+    def accept() -> None:
+        while True:
+            try:
+                link = listener.accept()
+            except LinkLost:
+                return  # it was closed
+            threading.Thread(target=serve, args=(link,), name=name, daemon=True).start()
+
+    threading.Thread(target=accept, name=name, daemon=True).start()
 
 
 def _check_private(directory: Path) -> None:

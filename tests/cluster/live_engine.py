@@ -26,7 +26,7 @@ from router.links.pool import LinkPool
 from router.links.stream import connect
 from router.placement import Placement
 from router.requests import choose_standby
-from shards.kv_cache import block_bytes
+from shards.kv_cache import block_bytes, block_numbers
 from shards.shard import load_shard
 from tests.cluster.live_group import CONNECT_TIMEOUT_S, SECRET
 from tests.shards.tiny_models import TinyModel
@@ -114,7 +114,7 @@ class LiveEngine:
         observer = EngineObserver(EngineMetrics(CollectorRegistry()), "model")
         self.loop = EngineLoop(self.engine, self._deliver, observer, max_open=64)
         self.receiver = BlockReceiver(
-            Listener(SECRET, name, directory, "127.0.0.1"), block_bytes(config) // 4, self.loop.adopt
+            Listener(SECRET, name, directory, "127.0.0.1"), block_numbers(config), self.loop.adopt
         )
 
     def submit(self, request: GenerationRequest, listen: Callable[[TokenEvent], None]) -> "Future[Generated]":

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from shards.kv_cache import KVCache, block_bytes
+from shards.kv_cache import KVCache, block_numbers
 
 NUM_BLOCKS = 7
 
@@ -22,7 +22,7 @@ def noise(config, seed: int) -> KVCache:
 
 
 def test_a_row_has_all_of_a_block(tiny_model, cache):
-    assert cache.read([4, 2]).shape == (2, block_bytes(tiny_model("llama").config) // 4)
+    assert cache.read([4, 2]).shape == (2, block_numbers(tiny_model("llama").config))
     assert torch.equal(cache.read([4, 2])[1], cache.read([2])[0])
 
 

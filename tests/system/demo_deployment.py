@@ -36,8 +36,11 @@ class Deployment:
     def async_client(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
-    def story(self, model: str, num_tokens: int) -> Iterator[str]:
-        """Stream a long answer, sampled with a seed: the same at every time, piece by piece."""
+    def story(self, model: str, num_tokens: int, cache_salt: str | None = None) -> Iterator[str]:
+        """Stream a long answer, sampled with a seed: the same at every time, piece by piece.
+
+        With a salt, it shares no cached block with stories of other salts.
+        """
         chunks = self.client().chat.completions.create(
             model=model,
             messages=[{"role": "user", "content": "Tell me a long story about a fox."}],
@@ -46,6 +49,7 @@ class Deployment:
             max_tokens=num_tokens,
             stream=True,
             timeout=120,
+            extra_body={"cache_salt": cache_salt},
         )
         for chunk in chunks:
             yield chunk.choices[0].delta.content or ""

@@ -98,7 +98,7 @@ def wait_for_link(sender: BlockSender) -> SendingLink:
 
 
 def names(sender: BlockSender) -> set[str]:
-    return {*sender._ready}
+    return {*sender._open()}
 
 
 def test_runs_arrive_as_they_were_sent_and_each_is_answered(sender, other):
@@ -129,7 +129,7 @@ def test_answers_are_shared_out_as_the_gateways_expect(sender, other):
     sender.follow({name: engine.receiver.address for name, engine in engines.items()})
     wait_until(lambda: names(sender) == {*"bcd"}, "all three engines")
     for answer in (f"cmpl-{number}" for number in range(50)):
-        assert sender.standby(answer) is sender._ready[choose_standby(answer, engines.keys())]
+        assert sender.standby(answer) is sender._open()[choose_standby(answer, engines.keys())]
 
 
 def test_an_engine_that_is_not_there_is_no_standby(sender, other):
@@ -137,7 +137,7 @@ def test_an_engine_that_is_not_there_is_no_standby(sender, other):
     gone.receiver.close()
     sender.follow({"b": gone.receiver.address, "c": there.receiver.address})
     wait_until(lambda: names(sender) == {"c"}, "the only one there")
-    assert {sender.standby(str(number)) for number in range(20)} == {sender._ready["c"]}
+    assert {sender.standby(str(number)) for number in range(20)} == {sender._open()["c"]}
 
 
 def test_an_engine_that_can_not_be_reached_is_left_alone_for_a_while(sender, other, caplog):
