@@ -2,6 +2,7 @@
 
 import logging
 import os
+import random
 import socket
 import sys
 import tempfile
@@ -24,6 +25,9 @@ ENVIRONMENT = {
 }
 GRACE_S = 3.0  # for a process to end by itself
 CONNECT_TIMEOUT_S = 5.0  # to a cluster that is there
+# Between those of Ray's workers and of Serve's replicas. Not where the system takes ports from (on Linux,
+# from 32768 on): what is free there now may be one end of a connection a moment later.
+_PORTS = range(20_000, 30_000)
 # Ports that a second cluster on this machine would collide on; they matter to nobody outside it.
 _PRIVATE_PORTS = (
     "RAY_SERVE_HAPROXY_METRICS_PORT",
@@ -43,6 +47,15 @@ def check_port_is_free(host: str, port: int) -> None:
             f"cannot listen on {host} port {port} ({reason}); choose another with --port, or with "
             "PORT=... before `make serve`, or http.port in the configuration"
         ) from None
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on, and that the system gives to nobody who asks for any."""
+    while True:
+        port = random.choice(_PORTS)
+        with suppress(OSError):
+            socket.create_server(("", port)).close()
+            return port
 
 
 def joins_a_cluster() -> bool:
@@ -66,7 +79,7 @@ def ray_cluster(num_cpus: int) -> Iterator[bool]:
         metrics.mkdir()
         variables = {**ENVIRONMENT, "PROMETHEUS_MULTIPROC_DIR": str(metrics)}
         if not address:
-            variables |= {name: str(_free_port()) for name in _PRIVATE_PORTS if name not in os.environ}
+            variables |= {name: str(free_port()) for name in _PRIVATE_PORTS if name not in os.environ}
             os.environ.update(variables)
         import ray  # not before the environment is set
 
@@ -125,9 +138,3 @@ def _end(processes: list[psutil.Process]) -> None:
     for process in left:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

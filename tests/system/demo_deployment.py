@@ -1,7 +1,6 @@
 """A running `tradewind serve`, as the system tests see it."""
 
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +14,8 @@ from pathlib import Path
 import httpx
 import openai
 import psutil
+
+from cluster.local_ray import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 TRADEWIND = Path(sys.executable).with_name("tradewind")
@@ -126,9 +127,3 @@ def wait_for(condition: Callable[[], object], what: str, deadline_s: float = 30.
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not come within {deadline_s:g} s"
         time.sleep(0.1)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

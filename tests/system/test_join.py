@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.local_ray import ENVIRONMENT
-from tests.system.demo_deployment import MODEL, TRADEWIND, free_port, serving, wait_for
+from cluster.local_ray import ENVIRONMENT, free_port
+from tests.system.demo_deployment import MODEL, TRADEWIND, serving, wait_for
 
 pytestmark = pytest.mark.system
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.system.demo_deployment import TRADEWIND, free_port
+from cluster.local_ray import free_port
+from tests.system.demo_deployment import TRADEWIND
 
 
 def serve(config: Path, *options: str, **environment: str) -> str:
