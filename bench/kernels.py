@@ -1,7 +1,7 @@
 """How fast are our CPU kernels, and whose results depend on the batch? Ours beside torch's, in one run.
 
-    python bench/kernels.py                      # all three tables
-    python bench/kernels.py --tables rows        # only: linear, attention or rows
+    python bench/kernels.py                      # all tables
+    python bench/kernels.py --tables rows        # only: linear, experts, attention or rows
     python bench/kernels.py --json kernels.json  # the same for programs
 
 Times are the best of several tries in wall clock: run it on an idle machine. GB/s counts each weight (or each
@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 from about import describe_run
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch import Tensor
+from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from shards.kernels import cpu
 from shards.kv_cache import BLOCK_SIZE
@@ -36,10 +37,14 @@ ATTENTIONS = (
     (32, 8, 128, 1, 1, 4096),
     (32, 8, 128, 1, 1500, 1500),
 )
+# Experts, hidden and intermediate size: of the demo model; rows of each expert, of a token's two, at random.
+EXPERTS = (8, 576, 1536)
+EXPERT_ROWS = (2, 16, 32, 64, 256, 1024)
 BATCHES = (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 48, 64, 100, 128, 200, 256, 300, 512)
 SPIN_US = 100
 
 Row = dict[str, str | int | float]
+Packed = tuple[cpu.PackedWeight, cpu.PackedWeight]  # gate and up; down
 
 
 def main() -> None:
@@ -87,6 +92,68 @@ def linear_table(threads: list[int]) -> Iterator[Row]:
                         "torch GFLOP/s": 2 * rows * n * k / torch_s / 1e9,
                         "speedup": torch_s / ours_s,
                     }
+
+
+def experts_table(threads: list[int]) -> Iterator[Row]:
+    """Time the experts of a layer: all in one call, one call for each, and each by torch."""
+    num_experts, hidden, inner = EXPERTS
+    layers = 16  # in turn, so that no weight is in a cache
+    weights = torch.randn(layers, num_experts, 3 * inner, hidden).bfloat16()
+    packed = [
+        [(cpu.pack(each[: 2 * inner]), cpu.pack(each[2 * inner :].T.contiguous())) for each in layer]
+        for layer in weights
+    ]
+    for num_threads in threads:
+        use_threads(num_threads, spin_us=0)  # as in an expert group
+        for rows in EXPERT_ROWS:
+            seeded = torch.Generator().manual_seed(rows)
+            chosen = torch.randint(num_experts, (rows,), generator=seeded)
+            counts = chosen.bincount(minlength=num_experts).tolist()
+            x, out = torch.randn(rows, hidden), torch.empty(rows, hidden)
+
+            runs = (counts, x, out)
+            calls = (
+                partial(together, packed, *runs),
+                partial(each, packed, *runs),
+                partial(by_torch, weights, *runs),
+            )
+            together_s, each_s, torch_s = (best_s / layers for best_s in best_times(*calls))
+            used = sum(map(bool, counts))
+            yield {
+                "threads": num_threads,
+                "rows": rows,
+                "experts used": used,
+                "one call us": together_s * 1e6,
+                "a call each us": each_s * 1e6,
+                "torch us": torch_s * 1e6,
+                "one call GB/s": used * 3 * inner * hidden * 2 / together_s / 1e9,
+                "against a call each": each_s / together_s,
+                "speedup": torch_s / together_s,
+            }
+
+
+def together(packed: list[list[Packed]], counts: list[int], x: Tensor, out: Tensor) -> None:
+    for layer in packed:
+        parts = [(count, *expert) for count, expert in zip(counts, layer, strict=True) if count]
+        cpu.gated_mlps(x, parts, out)
+
+
+def each(packed: list[list[Packed]], counts: list[int], x: Tensor, out: Tensor) -> None:
+    for layer in packed:
+        split = zip(counts, layer, x.split(counts), out.split(counts), strict=True)
+        for count, expert, x_part, out_part in split:
+            if count:
+                cpu.gated_mlps(x_part, [(count, *expert)], out_part)
+
+
+def by_torch(weights: Tensor, counts: list[int], x: Tensor, out: Tensor) -> None:
+    inner = weights.size(2) // 3
+    for layer in weights:
+        split = zip(layer, x.bfloat16().split(counts), out.split(counts), strict=True)
+        for expert, x_part, out_part in split:
+            if len(x_part):
+                gate, up = linear(x_part, expert[: 2 * inner]).chunk(2, dim=1)
+                out_part.copy_(linear(silu(gate) * up, expert[2 * inner :].T))
 
 
 def attention_table(threads: list[int]) -> Iterator[Row]:
@@ -163,14 +230,15 @@ def rows_table(threads: list[int]) -> Iterator[Row]:
 
 TABLES: dict[str, Callable[[list[int]], Iterator[Row]]] = {
     "linear": linear_table,
+    "experts": experts_table,
     "attention": attention_table,
     "rows": rows_table,
 }
 
 
-def use_threads(num_threads: int) -> None:
+def use_threads(num_threads: int, spin_us: int = SPIN_US) -> None:
     torch.set_num_threads(num_threads)
-    cpu.set_threads(num_threads, SPIN_US)
+    cpu.set_threads(num_threads, spin_us)
 
 
 def best_times(*calls: Callable[[], object], tries: int = 5, try_s: float = 0.03) -> list[float]:

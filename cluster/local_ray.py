@@ -1,5 +1,6 @@
 """The Ray that a command starts for itself, or joins."""
 
+import ctypes
 import logging
 import os
 import random
@@ -24,6 +25,7 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 GRACE_S = 3.0  # for a process to end by itself
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 CONNECT_TIMEOUT_S = 5.0  # to a cluster that is there
 # Between those of Ray's workers and of Serve's replicas. Not where the system takes ports from (on Linux,
 # from 32768 on): what is free there now may be one end of a connection a moment later.
@@ -81,6 +83,7 @@ def ray_cluster(num_cpus: int) -> Iterator[bool]:
         if not address:
             variables |= {name: str(free_port()) for name in _PRIVATE_PORTS if name not in os.environ}
             os.environ.update(variables)
+            _adopt_orphans()
         import ray  # not before the environment is set
 
         try:
@@ -126,6 +129,12 @@ def _no_cluster(address: str, reason: str) -> ValueError:
         "correct it, or unset it to start Ray on this machine; if the cluster asks for a token, set "
         "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
     )
+
+
+def _adopt_orphans() -> None:
+    """Be the parent of descendants whose own has ended, where there is such a thing: `_end` finds them so."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _end(processes: list[psutil.Process]) -> None:

@@ -5,7 +5,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,10 +29,11 @@ _log = logging.getLogger(__name__)
 class Store(Protocol):
     """The experts that are here now; others may fill and free slots at any moment."""
 
-    def run(self, layer: int, expert: int, x_ND: Tensor, out_ND: Tensor) -> None:
-        """Write to row n of `out_ND` what the expert makes of row n of `x_ND`, whatever the others.
+    def run(self, layer: int, runs: Sequence[tuple[int, int]], x_ND: Tensor, out_ND: Tensor) -> None:
+        """Write to row n of `out_ND` what its expert makes of row n of `x_ND`, whatever the others.
 
-        Raises NotHeld.
+        A run is an expert and how many rows go through it; they lie one after the other. Raises NotHeld, and
+        has done nothing then.
         """
 
     def get(self, layer: int, expert: int) -> GatedMlp:
@@ -41,11 +42,11 @@ class Store(Protocol):
 
 @dataclass
 class _Question:
-    """A frame whose engine waits for the answer: `runs` are experts, and the rows that go through each."""
+    """A frame whose engine waits for the answer: `runs` are experts, and how many rows go through each."""
 
     link: StreamLink
     frame: Frame
-    runs: list[tuple[int, slice]]
+    runs: list[tuple[int, int]]
     x_ND: Tensor
     answer_ND: Tensor
     error: str | None = None
@@ -208,48 +209,63 @@ class ExpertService:
         meta = memoryview(frame.meta)
         if meta.nbytes % 8:
             raise ValueError(f"meta must be int32 pairs (expert, rows); {meta.nbytes} bytes are not")
-        runs, start = [], 0
+        runs, left = [], num_rows
         for expert, count in np.frombuffer(meta, "<i4").reshape(-1, 2).tolist():
-            if not 0 <= count <= num_rows - start:
-                raise ValueError(f"expert {expert} can't have {count} of {num_rows - start} rows")
-            runs.append((expert, slice(start, start + count)))
-            start += count
-        if start != num_rows:
-            raise ValueError(f"meta gives experts to {start} rows, but there are {num_rows}")
+            if not 0 <= count <= left:
+                raise ValueError(f"expert {expert} can't have {count} of {left} rows")
+            runs.append((expert, count))
+            left -= count
+        if left:
+            raise ValueError(f"meta gives experts to {num_rows - left} rows, but there are {num_rows}")
         return _Question(link, frame, runs, x_ND, torch.empty_like(x_ND))
 
     def _compute(self, questions: list[_Question]) -> None:
-        """Fill in the answers, expert by expert over all questions."""
+        """Fill in the answers, those of a layer together."""
         started_s = time.perf_counter()
-        parts_of: dict[tuple[int, int], list[tuple[_Question, slice]]] = {}  # by (layer, expert)
+        by_layer: dict[int, list[_Question]] = {}
         for question in questions:
-            for expert, rows in question.runs:
-                parts_of.setdefault((question.frame.layer, expert), []).append((question, rows))
-        for (layer, expert), parts in parts_of.items():
-            try:
-                self._run(layer, expert, [(each.x_ND[rows], each.answer_ND[rows]) for each, rows in parts])
-            except NotHeld as error:
-                _fail(parts, str(error))
-            except Exception as error:  # whatever it is: those who asked learn it, and the others are served
-                _log.exception("layer %d expert %d failed", layer, expert)
-                _fail(parts, f"layer {layer} expert {expert} failed: {error!r}")
+            by_layer.setdefault(question.frame.layer, []).append(question)
+        for layer, asked in by_layer.items():
+            left = asked
+            while left:
+                try:
+                    self._run(layer, left)
+                    break
+                except NotHeld as error:
+                    left = _fail(left, error)
+                except Exception as error:  # whatever it is: those who asked learn it, and we serve on
+                    _log.exception("layer %d failed", layer)
+                    for question in left:
+                        question.error = f"layer {layer} failed: {error!r}"
+                    break
         if questions:
             self._busy_s += time.perf_counter() - started_s
 
-    def _run(self, layer: int, expert: int, parts: list[tuple[Tensor, Tensor]]) -> None:
-        if len(parts) == 1:
-            x_ND, out_ND = parts[0]
-            self._store.run(layer, expert, x_ND, out_ND)
+    def _run(self, layer: int, questions: list[_Question]) -> None:
+        """Answer questions about one layer. Raises NotHeld, and has answered none then."""
+        if len(questions) == 1:
+            (question,) = questions
+            runs = question.runs
+            self._store.run(layer, runs, question.x_ND, question.answer_ND)
         else:
-            x_ND = torch.cat([x for x, _ in parts])
+            parts: dict[int, list[tuple[Tensor, Tensor]]] = {}  # by expert: rows, and where their answers go
+            for question in questions:
+                counts = [count for _, count in question.runs]
+                x_parts = torch.split(question.x_ND, counts)
+                answers = torch.split(question.answer_ND, counts)
+                for (expert, _), x_ND, answer_ND in zip(question.runs, x_parts, answers, strict=True):
+                    parts.setdefault(expert, []).append((x_ND, answer_ND))
+            runs = [(expert, sum(len(x_ND) for x_ND, _ in its)) for expert, its in parts.items()]
+            x_ND = torch.cat([x_ND for its in parts.values() for x_ND, _ in its])
             out_ND = torch.empty_like(x_ND)
-            self._store.run(layer, expert, x_ND, out_ND)
-            start = 0
-            for _, wanted_ND in parts:
-                wanted_ND.copy_(out_ND[start : start + len(wanted_ND)])
-                start += len(wanted_ND)
-        key = layer, expert
-        self._rows_per_expert[key] = self._rows_per_expert.get(key, 0) + x_ND.size(0)
+            self._store.run(layer, runs, x_ND, out_ND)
+            wanted = [answer_ND for its in parts.values() for _, answer_ND in its]
+            results = torch.split(out_ND, [len(answer_ND) for answer_ND in wanted])
+            for answer_ND, result_ND in zip(wanted, results, strict=True):
+                answer_ND.copy_(result_ND)
+        for expert, count in runs:
+            key = layer, expert
+            self._rows_per_expert[key] = self._rows_per_expert.get(key, 0) + count
 
     def _answer(self, question: _Question) -> None:
         frame = question.frame
@@ -269,9 +285,15 @@ class ExpertService:
             self._drop(link, error)
 
 
-def _fail(parts: list[tuple[_Question, slice]], reason: str) -> None:
-    for question, _ in parts:
-        question.error = reason
+def _fail(questions: list[_Question], error: NotHeld) -> list[_Question]:
+    """Let the questions for an expert that is not held fail; return the others."""
+    left = []
+    for question in questions:
+        if any(expert == error.expert for expert, _ in question.runs):
+            question.error = str(error)
+        else:
+            left.append(question)
+    return left
 
 
 def _error(frame: Frame, text: str) -> Frame:

@@ -4,14 +4,14 @@ N rows   T tokens   K experts per token   D hidden
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from shards.checkpoint import Checkpoint
 from shards.config import ModelConfig
-from shards.layers.mlp import GatedMlp
+from shards.layers.mlp import GatedMlp, run_each
 from shards.partition import expert_prefix, expert_tensors
 from shards.weight_reader import Progress, WeightReader
 
@@ -21,6 +21,7 @@ class NotHeld(ValueError):
 
     def __init__(self, layer: int, expert: int) -> None:
         super().__init__(f"layer {layer} expert {expert} is not held here")
+        self.expert = expert
 
 
 def read_expert(reader: WeightReader, layer: int, expert: int) -> GatedMlp:
@@ -94,9 +95,13 @@ class ExpertStore:
             raise NotHeld(layer, expert)
         return mlp
 
-    def run(self, layer: int, expert: int, x_ND: Tensor, out_ND: Tensor) -> None:
-        """Write w2(silu(w1 x) * w3 x) of each row to `out_ND`; both contiguous, fp32. Raises NotHeld."""
-        self.get(layer, expert)(x_ND, out_ND)
+    def run(self, layer: int, runs: Iterable[tuple[int, int]], x_ND: Tensor, out_ND: Tensor) -> None:
+        """Write w2(silu(w1 x) * w3 x) of each row to `out_ND`; both contiguous, fp32.
+
+        A run is an expert and how many rows go through it; they lie one after the other. Raises NotHeld, and
+        has done nothing then.
+        """
+        run_each([(num_rows, self.get(layer, expert)) for expert, num_rows in runs], x_ND, out_ND)
 
 
 class LocalExperts:
@@ -114,9 +119,7 @@ class LocalExperts:
         order_N = expert_N.argsort(stable=True)  # so that each expert's rows lie together
         x_ND = x_TD.index_select(0, order_N // top_k)
         sorted_ND = torch.empty_like(x_ND)
-        end = 0
-        for expert, num_rows in enumerate(expert_N.bincount(minlength=self._num_experts).tolist()):
-            start, end = end, end + num_rows
-            if num_rows:
-                self._store.run(layer, expert, x_ND[start:end], sorted_ND[start:end])
+        rows_E = expert_N.bincount(minlength=self._num_experts).tolist()
+        runs = [(expert, num_rows) for expert, num_rows in enumerate(rows_E) if num_rows]
+        self._store.run(layer, runs, x_ND, sorted_ND)
         return sorted_ND.index_select(0, order_N.argsort()).view(num_tokens, top_k, -1)

@@ -2,16 +2,16 @@
 
     python -m cluster.actors.quiet_start WORKER [ARGUMENT ...]
 
-A replacement is started when the others have most to do, and its start - Python, Ray, torch, weights - takes
-several seconds of a core. It steps back for all of that; what it serves with, it starts in the foreground.
+A replacement is started when the others have most to do, and its start - Python, Ray, torch, weights - would
+take several seconds of a core. It is forked from a process that has most of that behind it, and steps back
+for the rest; what it serves with, it starts in the foreground.
 """
 
-import runpy
+import os
 import shlex
 import sys
-from pathlib import Path
 
-from shards.background import step_back_whole
+from cluster.actors.fork_server import Program, can_fork, fork
 
 # For `runtime_env` of an actor; both lead to the Python of who starts it, which must be there on every node.
 # Ray puts its own program for workers, and the arguments, behind it, in a line for the shell.
@@ -20,10 +20,9 @@ QUIET_START = {"py_executable": f"{shlex.quote(sys.executable)} -m {__name__}"}
 
 
 def main() -> None:
-    step_back_whole()
-    del sys.argv[0]
-    sys.path[0] = str(Path(sys.argv[0]).parent)  # as if Python had been told to run it
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    program = Program(sys.argv[1:], dict(os.environ), os.getcwd())
+    if not can_fork(os.environ) or fork(program) is None:
+        program.run()
 
 
 if __name__ == "__main__":

@@ -10,8 +10,16 @@ from pathlib import Path
 
 from shards.home import default_home
 
-SOURCES = ("pack.cpp", "linear.cpp", "attention.cpp", "elementwise.cpp", "threads.cpp")
-HEADERS = ("simd.h", "spans.h", "threads.h")
+SOURCES = (
+    "pack.cpp",
+    "product.cpp",
+    "linear.cpp",
+    "gated_mlp.cpp",
+    "attention.cpp",
+    "elementwise.cpp",
+    "threads.cpp",
+)
+HEADERS = ("product.h", "silu.h", "simd.h", "spans.h", "threads.h")
 COMPILERS = ("g++", "clang++")
 # No -ffast-math, and no contraction: a multiply-add is fused where the source says fma(), nowhere else.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-ffp-contract=off", "-Wall", "-Wextra")

@@ -3,15 +3,17 @@
 Contiguous CPU tensors; activations, cache and sums in fp32. Calls release the interpreter's lock, run on the
 threads of `set_threads`, and take turns when two Python threads make them at once.
 
-T tokens   N output features   K input features   D hidden   F intermediate   P positions
+T tokens   N output features (or rows)   K input features   D hidden   F intermediate   P positions
 X heads * head_dim (of qkv: (heads + 2 * kv_heads) * head_dim)   C chunks
 B blocks   G KV heads   H head_dim   S BLOCK_SIZE
 """
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from shards.kernels import huge_pages
 from shards.kernels.library import CSpans, library
 from shards.kv_cache import BLOCK_SIZE
 
-PANEL = 32  # columns of a panel, as in linear.cpp
+PANEL = 32  # columns of a panel, as in product.cpp
 MAX_HEAD_DIM = 512  # as in attention.cpp
 NO_WINDOW = 1 << 40  # more than any position
 
@@ -152,14 +154,33 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return y_TD
 
 
-def silu_mul(gate_up_TF2: Tensor) -> Tensor:
-    """Return silu(gate) * up [T, F], of rows that hold F gates and then F ups."""
-    num_rows, width = gate_up_TF2.shape
-    _check("gate_up_TF2", gate_up_TF2, torch.float32)
-    assert width % 2 == 0, f"gate_up_TF2 must have an even width, not {width}"
-    y_TF = torch.empty(num_rows, width // 2)
-    library().tw_silu_mul(gate_up_TF2.data_ptr(), num_rows, width // 2, y_TF.data_ptr())
-    return y_TF
+def gated_mlps(x_ND: Tensor, parts: Sequence[tuple[int, PackedWeight, PackedWeight]], out_ND: Tensor) -> None:
+    """Write down(silu(gate x) * up x) of each row to `out_ND`: rows of several networks, in one call.
+
+    A part is how many of the rows go through a network, and its weights: gate and up as one [2F, D], and down
+    [D, F]. The first part has the first rows, and so on; all have the same D and F, and together all rows.
+    """
+    _check("x_ND", x_ND, torch.float32)
+    _check("out_ND", out_ND, torch.float32, tuple(x_ND.shape))
+    assert sum(rows for rows, _, _ in parts) == len(x_ND), f"parts must have {len(x_ND)} rows together"
+    if not parts:
+        return
+    down = parts[0][2]
+    shapes = {(each.out_features, each.in_features) for _, each, _ in parts}
+    assert shapes == {(2 * down.in_features, x_ND.size(1))}, f"gate_up can't be {shapes} for {x_ND.shape}"
+    shapes = {(each.out_features, each.in_features) for _, _, each in parts}
+    assert shapes == {(x_ND.size(1), down.in_features)}, f"down can't be {shapes} for {x_ND.shape}"
+    assert all(first.dtype == second.dtype for _, first, second in parts)
+    networks = np.array(
+        [
+            (rows, first.data.data_ptr(), second.data.data_ptr(), first.dtype == torch.bfloat16)
+            for rows, first, second in parts
+        ],
+        dtype=np.int64,
+    )
+    library().tw_gated_mlps(
+        x_ND.data_ptr(), len(parts), networks.ctypes.data, x_ND.size(1), down.in_features, out_ND.data_ptr()
+    )
 
 
 def rope_and_cache(

@@ -1,4 +1,4 @@
-// What happens to each row by itself: norms, activations, rotations and the way into the KV cache.
+// What happens to each row by itself: norms, rotations and the way into the KV cache.
 #include <algorithm>
 
 #include "simd.h"
@@ -32,23 +32,6 @@ void rms_norm_row(const float* x, const float* weight, int64_t dim, float eps, f
     for (i = 0; i < dim; i++) y[i] = x[i] * scale * weight[i];
 }
 
-Floats silu_mul_lanes(Floats gate, Floats up) {
-    Floats e = exp_nonpositive(gate < 0.0f ? gate : -gate);
-    Floats sigmoid = (gate < 0.0f ? e : all(1.0f)) / (e + all(1.0f));
-    return gate * sigmoid * up;
-}
-
-void silu_mul_row(const float* gate, const float* up, int64_t dim, float* y) {
-    int64_t i = 0;
-    for (; i + kLanes <= dim; i += kLanes) store(y + i, silu_mul_lanes(load(gate + i), load(up + i)));
-    if (i == dim) return;
-    float tail[2][kLanes] = {};
-    std::copy(gate + i, gate + dim, tail[0]);
-    std::copy(up + i, up + dim, tail[1]);
-    store(tail[0], silu_mul_lanes(load(tail[0]), load(tail[1])));
-    std::copy(tail[0], tail[0] + dim - i, y + i);
-}
-
 // Rotate each pair (i, i + dim / 2) by the angle of its position, as Hugging Face's rotate_half does.
 void rotate(const float* x, const float* cos, const float* sin, int64_t dim, float* y, int64_t y_stride) {
     int64_t half = dim / 2;
@@ -62,12 +45,6 @@ void rotate(const float* x, const float* cos, const float* sin, int64_t dim, flo
 
 extern "C" void tw_rms_norm(const float* x, const float* weight, int64_t rows, int64_t dim, float eps, float* y) {
     for_rows(rows, dim, [=](int64_t r) { rms_norm_row(x + r * dim, weight, dim, eps, y + r * dim); });
-}
-
-extern "C" void tw_silu_mul(const float* gate_up, int64_t rows, int64_t dim, float* y) {
-    for_rows(rows, 4 * dim, [=](int64_t r) {
-        silu_mul_row(gate_up + r * 2 * dim, gate_up + r * 2 * dim + dim, dim, y + r * dim);
-    });
 }
 
 // qkv [tokens][(heads + 2 * kv_heads) * dim] -> q [tokens][heads * dim], keys [block][kv_head][dim][16],

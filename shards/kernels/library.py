@@ -31,7 +31,7 @@ def library() -> ctypes.CDLL:
         "tw_pack": (None, [POINTER, ctypes.c_int, INT64, INT64, POINTER, ctypes.c_int]),
         "tw_linear": (None, [POINTER, INT64, POINTER, ctypes.c_int, INT64, INT64, POINTER]),
         "tw_rms_norm": (None, [POINTER, POINTER, INT64, INT64, FLOAT, POINTER]),
-        "tw_silu_mul": (None, [POINTER, INT64, INT64, POINTER]),
+        "tw_gated_mlps": (None, [POINTER, INT64, POINTER, INT64, INT64, POINTER]),
         "tw_rope_and_cache": (INT64, [POINTER, spans, *[POINTER] * 4, *shapes, POINTER]),
         "tw_attention": (INT64, [POINTER, spans, *[POINTER] * 2, *shapes, FLOAT, INT64, POINTER]),
     }

@@ -15,14 +15,6 @@ namespace {
 
 using Call = void (*)(const void* task, int64_t index);
 
-void pause() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
-
 // Wait for ready() to hold: spin for spin_us at most. Returns what ready() said last.
 template <class Ready>
 bool spin(int64_t spin_us, const Ready& ready) {
@@ -32,7 +24,7 @@ bool spin(int64_t spin_us, const Ready& ready) {
     do {
         for (int i = 0; i < 16; i++) {
             if (ready()) return true;
-            pause();
+            spin_pause();
         }
     } while (std::chrono::steady_clock::now() < deadline);
     return ready();

@@ -3,6 +3,19 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <thread>
+
+// Tell the core that this thread spins.
+inline void spin_pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// Let another thread have this core.
+inline void yield_core() { std::this_thread::yield(); }
 
 // The right to run kernels: held for one call of the C API, so that calls of two threads take turns.
 class Region {
@@ -16,9 +29,14 @@ class Region {
     // Memory that lives until the next call of scratch() in any region; aligned to 64 bytes.
     float* scratch(size_t num_floats);
 
-    // Run task(0) .. task(num_tasks - 1), each once, on any thread, the last one first. Returns when all are done.
+    // Run task(0) .. task(num_tasks - 1), each once, on any thread, the last one first; on this thread alone if they
+    // are not worth waking another. Returns when all are done.
     template <class Task>
-    void run(int64_t num_tasks, const Task& task) {
+    void run(int64_t num_tasks, const Task& task, bool is_worth_waking = true) {
+        if (!is_worth_waking) {
+            while (num_tasks-- > 0) task(num_tasks);
+            return;
+        }
         run_erased(num_tasks, [](const void* t, int64_t i) { (*static_cast<const Task*>(t))(i); }, &task);
     }
 

@@ -3,11 +3,13 @@
 T tokens   D hidden
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from shards.kernels.cpu import PackedWeight, linear, silu_mul
+from shards.kernels.cpu import PackedWeight, gated_mlps
 from shards.weight_reader import WeightReader
 
 
@@ -22,6 +24,16 @@ class GatedMlp:
     def read(cls, reader: WeightReader, gate: str, up: str, down: str) -> "GatedMlp":
         return cls(reader.packed(f"{gate}.weight", f"{up}.weight"), reader.packed(f"{down}.weight"))
 
-    def __call__(self, x_TD: Tensor, out_TD: Tensor | None = None) -> Tensor:
-        """Compute each row on its own; write the result to `out_TD` if it is given."""
-        return linear(silu_mul(linear(x_TD, self.gate_up)), self.down, out_TD)
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        """Compute each row on its own."""
+        out_TD = torch.empty_like(x_TD)
+        run_each([(len(x_TD), self)], x_TD, out_TD)
+        return out_TD
+
+
+def run_each(parts: Iterable[tuple[int, GatedMlp]], x_TD: Tensor, out_TD: Tensor) -> None:
+    """Write to row t of `out_TD` what a network makes of row t of `x_TD`; both contiguous, fp32.
+
+    The first part's network has so many of the first rows, the next one's of those behind, up to the last.
+    """
+    gated_mlps(x_TD, [(num_rows, mlp.gate_up, mlp.down) for num_rows, mlp in parts], out_TD)

@@ -66,9 +66,9 @@ class GatedStore(ExpertStore):
         super().__init__(num_slots)
         self._gate = gate
 
-    def run(self, layer: int, expert: int, x_ND: Tensor, out_ND: Tensor) -> None:
+    def run(self, layer: int, runs: Iterable[tuple[int, int]], x_ND: Tensor, out_ND: Tensor) -> None:
         self._gate.go_through()
-        super().run(layer, expert, x_ND, out_ND)
+        super().run(layer, runs, x_ND, out_ND)
 
     def get(self, layer: int, expert: int) -> GatedMlp:
         self._gate.go_through()

@@ -50,11 +50,14 @@ class FormulaStore:
         self._slots = slots
         self._before_run = before_run
 
-    def run(self, layer: int, expert: int, x_ND: Tensor, out_ND: Tensor) -> None:
+    def run(self, layer: int, runs: Sequence[tuple[int, int]], x_ND: Tensor, out_ND: Tensor) -> None:
         self._before_run()
-        if (layer, expert) not in self._slots:
-            raise NotHeld(layer, expert)
-        out_ND.copy_(expert_formula(layer, expert, x_ND))
+        for expert, _ in runs:
+            if (layer, expert) not in self._slots:
+                raise NotHeld(layer, expert)
+        counts = [count for _, count in runs]
+        for (expert, _), x, out in zip(runs, x_ND.split(counts), out_ND.split(counts), strict=True):
+            out.copy_(expert_formula(layer, expert, x))
 
     def get(self, layer: int, expert: int) -> NoReturn:
         """Refuse: a formula has no weights."""

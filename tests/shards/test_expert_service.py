@@ -51,15 +51,17 @@ class ScalingStore:
             raise NotHeld(layer, expert)
         return self.weights[layer, expert]
 
-    def run(self, layer: int, expert: int, x_ND: Tensor, out_ND: Tensor) -> None:
+    def run(self, layer: int, runs: Sequence[tuple[int, int]], x_ND: Tensor, out_ND: Tensor) -> None:
         self.is_running.release()
         assert self.go_on.wait(10)
         if self.error:
             raise self.error
-        if (layer, expert) not in HELD:
-            raise NotHeld(layer, expert)
-        self.ran.append((layer, expert, len(x_ND)))
-        out_ND.copy_(x_ND * HELD[layer, expert])
+        for expert, _ in runs:
+            if (layer, expert) not in HELD:
+                raise NotHeld(layer, expert)
+        scale_N = [HELD[layer, expert] for expert, count in runs for _ in range(count)]
+        out_ND.copy_(x_ND * torch.tensor(scale_N)[:, None])
+        self.ran += [(layer, expert, count) for expert, count in runs]
 
 
 class Served:
@@ -140,6 +142,24 @@ def test_rows_of_several_engines_that_wait_for_an_expert_run_together(served: Se
     assert sorted(served.store.ran) == [(0, 0, 3), (0, 1, 3), (1, 1, 1)]
 
 
+def test_a_question_for_an_expert_that_is_not_held_leaves_those_beside_it_their_answers(served: Served):
+    first, *others = links = [served.link(f"engine {n}") for n in range(4)]
+    for link in links:
+        assert_serves(link)
+    served.store.go_on.clear()
+    first.send(question([(1, 1)], rows(1), layer=1))
+    assert served.store.is_running.acquire(timeout=5)  # from here on, questions wait
+    asked = [[(0, 1), (1, 1)], [(1, 1), (7, 1)], [(1, 2)]]
+    for link, runs in zip(others, asked, strict=True):
+        link.send(question(runs, rows(2)))
+    served.store.go_on.set()
+    answer(first)
+    assert torch.equal(answer(others[0]), rows(2) * torch.tensor([[1], [2]]))
+    refusal = others[1].receive(5)
+    assert (refusal.kind, bytes(refusal.meta)) == (Kind.ERROR, b"layer 0 expert 7 is not held here")
+    assert torch.equal(answer(others[2]), rows(2) * 2)
+
+
 def test_rows_are_counted_by_layer_and_expert(served: Served):
     link = served.link()
     for layer in (0, 1, 1):
@@ -210,7 +230,7 @@ def test_a_question_that_makes_no_sense_is_answered_by_what_is_wrong(
 def test_a_store_that_fails_is_reported_to_who_asked_and_serves_on(served: Served):
     link = served.link()
     served.store.error = MemoryError("no room for rows")
-    assert "layer 0 expert 1 failed: MemoryError('no room for rows')" in text_of_error(
+    assert "layer 0 failed: MemoryError('no room for rows')" in text_of_error(
         link, question([(1, 1)], rows(1))
     )
     served.store.error = None

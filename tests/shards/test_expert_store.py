@@ -143,5 +143,5 @@ def load(model, assignments):
 
 def run(store, layer, expert, x_ND):
     out_ND = torch.empty_like(x_ND)
-    store.run(layer, expert, x_ND, out_ND)
+    store.run(layer, [(expert, len(x_ND))], x_ND, out_ND)
     return out_ND

@@ -130,7 +130,7 @@ def loaded(model: TinyModel, experts) -> ExpertStore:
 
 def run(store: ExpertStore, layer: int, expert: int, x_ND: Tensor) -> Tensor:
     out_ND = torch.empty_like(x_ND)
-    store.run(layer, expert, x_ND, out_ND)
+    store.run(layer, [(expert, len(x_ND))], x_ND, out_ND)
     return out_ND
 
 
