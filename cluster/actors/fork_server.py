@@ -42,7 +42,7 @@ _RAYLET = "RAY_RAYLET_PID"  # Ray sets it for every worker
 # setting that is read when a module is imported.
 _OF_ONE_WORKER = "RAY_SERVE_INTERNAL_"
 _START_TIMEOUT_S = 60.0
-_IDLE_S = 60.0  # without a worker
+_IDLE_S = 10.0  # without a worker
 _BACKLOG = 128
 
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.system
 
 RAY = TRADEWIND.with_name("ray")
 CONFIG = f"models: [{{name: {MODEL}, checkpoint: {MODEL}, expert_groups: 1, engine_threads: 1}}]"
-OURS = ("ServeReplica:tradewind", "Router", "ExpertGroup")
+OURS = ("ServeReplica:tradewind", "Router", "ExpertGroup", "fork_server")
 
 
 @pytest.fixture
@@ -66,12 +66,13 @@ def refusal(*options: str | Path) -> str:
 
 
 def titles(cluster: psutil.Process) -> str:
+    """Return the command lines of a cluster's processes, also of those that were forked for its raylet."""
+    family = {process.pid for process in cluster.children(recursive=True)}
     titles = []
-    for process in cluster.children(recursive=True):
-        try:
-            titles.append(" ".join(process.cmdline()))
-        except psutil.NoSuchProcess:
-            continue
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.pid in family or int(process.environ().get("RAY_RAYLET_PID", 0)) in family:
+                titles.append(" ".join(process.cmdline()))
     return "\n".join(titles)
 
 

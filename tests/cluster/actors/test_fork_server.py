@@ -21,7 +21,7 @@ from cluster.actors.quiet_start import QUIET_START
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
 
-# Says how it was started, and stays until it is told to end.
+# Says how it was started, and stays until it is told to end, or its folder is gone.
 WORKER = """
 import json, os, pathlib, sys, time
 had = "torch" in sys.modules
@@ -34,7 +34,7 @@ out.with_suffix(".part").write_text(json.dumps(dict(
     word=os.environ.get("RAY_SERVE_INTERNAL_WORD"), descriptors=len(os.listdir("/proc/self/fd")),
 )))
 out.with_suffix(".part").rename(out)
-while not out.with_suffix(".end").exists():
+while out.exists() and not out.with_suffix(".end").exists():
     time.sleep(0.02)
 """
 
@@ -71,8 +71,6 @@ class Node:
         Path(worker["argv"][1]).with_suffix(".end").touch()
 
     def close(self) -> None:
-        for out in self.folder.glob("*.json"):
-            out.with_suffix(".end").touch()
         self.raylet.kill()
         self.raylet.wait()
 
@@ -148,6 +146,7 @@ def test_the_server_ends_with_the_raylet() -> None:
         worker = node.start()
         node.close()
         eventually(lambda: not is_running(worker["server"]), "the server's end")
+        assert is_running(worker["pid"])  # which looks after the raylet by itself
 
 
 def test_a_worker_starts_by_itself_where_the_server_does_not_fork(node: Node) -> None:
