@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from cluster.actors import setup_worker
 from shards.cores import usable_cores
 
 # Set before Ray is imported: Ray Serve reads them at import, here and in every process that inherits them.
@@ -86,6 +87,7 @@ def ray_cluster(num_cpus: int) -> Iterator[bool]:
             _adopt_orphans()
         import ray  # not before the environment is set
 
+        setup_worker.use_for_workers()
         try:
             if address:
                 try:

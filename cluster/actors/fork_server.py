@@ -110,7 +110,9 @@ def _start(address: Path) -> None:
         subprocess.Popen(
             [sys.executable, "-m", __name__, str(listener.fileno())],
             pass_fds=[listener.fileno()],
-            start_new_session=True,
+            # A group of its own, which Ctrl-C and Ray leave alone; but the same session, by which Linux may
+            # divide the cores before it looks at priorities.
+            process_group=0,
         )
 
 

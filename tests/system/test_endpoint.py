@@ -3,12 +3,14 @@
 import asyncio
 import json
 import subprocess
+import sys
 
 import httpx
 import openai
 import psutil
 import pytest
 
+from cluster.actors import setup_worker
 from tests.system.demo_deployment import MODEL, TRADEWIND, Deployment, wait_for
 
 pytestmark = pytest.mark.system
@@ -92,6 +94,18 @@ def test_an_operator_finds_every_process_by_its_title(deployment: Deployment) ->
     for process in processes:
         title = " ".join(psutil.Process(process["pid"]).cmdline())
         assert process["kind"] in title, f"{process} is called {title!r}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+def test_workers_are_started_by_our_program_and_forked_by_our_server(deployment: Deployment) -> None:
+    family = psutil.Process(deployment.process.pid).children(recursive=True)
+    (raylet,) = (process for process in family if process.name() == "raylet")
+    assert setup_worker.__file__ in " ".join(raylet.cmdline())
+    (model,) = deployment.status()["models"]
+    workers = [report["process"]["pid"] for report in model["engines"] + model["groups"]]
+    servers = {psutil.Process(pid).ppid() for pid in workers}
+    (server,) = (process for process in family if {process.pid} == servers)
+    assert "cluster.actors.fork_server" in server.cmdline()
 
 
 def test_every_expert_is_in_both_groups_and_gets_rows(deployment: Deployment) -> None:
