@@ -26,8 +26,8 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 GRACE_S = 3.0  # for a process to end by itself
-_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 CONNECT_TIMEOUT_S = 5.0  # to a cluster that is there
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 # Between those of Ray's workers and of Serve's replicas. Not where the system takes ports from (on Linux,
 # from 32768 on): what is free there now may be one end of a connection a moment later.
 _PORTS = range(20_000, 30_000)
@@ -85,9 +85,9 @@ def ray_cluster(num_cpus: int) -> Iterator[bool]:
             variables |= {name: str(free_port()) for name in _PRIVATE_PORTS if name not in os.environ}
             os.environ.update(variables)
             _adopt_orphans()
+            setup_worker.use_for_workers()
         import ray  # not before the environment is set
 
-        setup_worker.use_for_workers()
         try:
             if address:
                 try:

@@ -20,13 +20,14 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cluster.actors.socket_folder import socket_folder
+from router.links.private_folder import make_private
 from shards.background import step_back_whole
 
 # What engines, shards and expert groups import. None of it may start a thread: a fork would not have it.
@@ -62,16 +63,13 @@ class Program:
         runpy.run_path(self.argv[0], run_name="__main__")
 
 
-def can_fork(environ: Mapping[str, str]) -> bool:
-    """Say whether workers in this environment may be forked."""
-    return sys.platform == "linux" and _RAYLET in environ
-
-
 def fork(program: Program) -> int | None:
     """Have the program run in a fork of the server, which is started if need be.
 
     Returns its process id, or None if there can be no server. Blocks until the server has its modules.
     """
+    if sys.platform != "linux" or _RAYLET not in program.environ:
+        return None
     try:
         with _connected(_address(program.environ)) as server:
             server.settimeout(_START_TIMEOUT_S)
@@ -85,8 +83,8 @@ def fork(program: Program) -> int | None:
 def _address(environ: Mapping[str, str]) -> Path:
     decisive = {name: value for name, value in environ.items() if not name.startswith(_OF_ONE_WORKER)}
     key = json.dumps([sys.executable, decisive], sort_keys=True).encode()
-    directory = Path(tempfile.gettempdir()) / f"tradewind-{os.getuid()}"
-    directory.mkdir(mode=0o700, exist_ok=True)
+    directory = socket_folder()
+    make_private(directory)
     return directory / f"fork-{hashlib.sha256(key).hexdigest()[:16]}.sock"
 
 

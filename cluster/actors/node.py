@@ -1,11 +1,8 @@
 """What an actor needs to know of the node it woke up on."""
 
-import os
-import tempfile
-from pathlib import Path
-
 import ray
 
+from cluster.actors.socket_folder import socket_folder
 from router.links.listener import Listener
 
 
@@ -16,5 +13,4 @@ def node_address() -> str:
 
 def listen(secret: bytes, name: str) -> Listener:
     """Listen for links at this node's address, and on a Unix socket for its neighbours on the node."""
-    directory = Path(tempfile.gettempdir()) / f"tradewind-{os.getuid()}"
-    return Listener(secret, name, directory, node_address())
+    return Listener(secret, name, socket_folder(), node_address())

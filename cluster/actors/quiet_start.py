@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 
-from cluster.actors.fork_server import Program, can_fork, fork
+from cluster.actors.fork_server import Program, fork
 
 # For `runtime_env` of an actor; both lead to the Python of who starts it, which must be there on every node.
 # Ray puts its own program for workers, and the arguments, behind it, in a line for the shell.
@@ -21,7 +21,7 @@ QUIET_START = {"py_executable": f"{shlex.quote(sys.executable)} -m {__name__}"}
 
 def main() -> None:
     program = Program(sys.argv[1:], dict(os.environ), os.getcwd())
-    if not can_fork(os.environ) or fork(program) is None:
+    if fork(program) is None:
         program.run()
 
 

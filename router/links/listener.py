@@ -10,11 +10,11 @@ import uuid
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from stat import S_ISDIR, filemode
 
 from router.links.address import Address, this_host_id
 from router.links.base import Link, LinkLost
 from router.links.handshake import check_identity, greet_as_listener
+from router.links.private_folder import make_private
 from router.links.stream import StreamLink
 from router.links.wire import MAX_FRAME_BYTES
 
@@ -59,8 +59,7 @@ class Listener:
             raise ValueError(
                 f"directory {str(directory)!r} is too long for Unix sockets: at most {longest} bytes"
             )
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _check_private(directory)
+        make_private(directory)
         _remove_dead_sockets(directory)
 
         self._secret, self._name = secret, name
@@ -193,16 +192,6 @@ def serve_links(listener: Listener, serve: Callable[[Link], None], name: str) ->
             threading.Thread(target=serve, args=(link,), name=name, daemon=True).start()
 
     threading.Thread(target=accept, name=name, daemon=True).start()
-
-
-def _check_private(directory: Path) -> None:
-    """Raise ValueError unless `directory` is one of this user, closed to all others, and no symbolic link."""
-    status = directory.lstat()
-    if not S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
-        raise ValueError(
-            f"directory {str(directory)!r} (owner {status.st_uid}, mode {filemode(status.st_mode)}) must be "
-            f"a folder of user {os.geteuid()}, closed to all others; run chmod 700 on it, or remove it"
-        )
 
 
 def _remove_dead_sockets(directory: Path) -> None:

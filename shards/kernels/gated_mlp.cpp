@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <deque>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -25,7 +26,7 @@ struct Network {
 // Wait for what another thread does at this moment; it may have been put aside, and need our core.
 template <class Ready>
 void await(const Ready& ready) {
-    for (int i = 0; !ready(); i++) i < 256 ? spin_pause() : yield_core();
+    for (int i = 0; !ready(); i++) i < 256 ? spin_pause() : std::this_thread::yield();
 }
 
 // Rows on their way through a network: pack, multiply by gate and up, activate and pack, multiply by down.

@@ -3,7 +3,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <thread>
 
 // Tell the core that this thread spins.
 inline void spin_pause() {
@@ -13,9 +12,6 @@ inline void spin_pause() {
     asm volatile("yield");
 #endif
 }
-
-// Let another thread have this core.
-inline void yield_core() { std::this_thread::yield(); }
 
 // The right to run kernels: held for one call of the C API, so that calls of two threads take turns.
 class Region {

@@ -162,6 +162,20 @@ def test_a_worker_starts_by_itself_where_the_server_does_not_fork(node: Node) ->
         assert process.wait(60) == 0
 
 
+def test_a_worker_starts_by_itself_where_others_may_enter_the_folder_of_sockets() -> None:
+    with tempfile.TemporaryDirectory(prefix="fork-") as folder:
+        node = Node(Path(folder))
+        sockets = Path(folder, f"tradewind-{os.getuid()}")
+        sockets.mkdir()
+        sockets.chmod(0o777)
+        process, out = node.begin()
+        worker = said(out)
+        assert (worker["pid"], worker["had_torch"]) == (process.pid, False)
+        node.end(worker)
+        assert process.wait(60) == 0
+        node.close()
+
+
 def socket_of(node: Node, **variables: str) -> Path:
     """Return where the server of this environment listens."""
     program = "import os, sys; from cluster.actors.fork_server import _address; print(_address(os.environ))"
