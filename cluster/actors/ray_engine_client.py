@@ -4,9 +4,11 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from contextvars import Context
+from functools import partial
 
 from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
 from cluster.actors.ray_errors import sentence
@@ -52,7 +54,10 @@ class RayEngineClient:
 
     async def _events(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         receiver = self._receiver
-        response = self._handle.generate.remote(request, receiver.address, avoided=receiver.avoided)
+        generate = partial(self._handle.generate.remote, request, receiver.address, avoided=receiver.avoided)
+        # Serve takes the HTTP request's id for each of its calls, from the context. But its request routers
+        # know calls by that id, and forget all but one of those that wait at the same time (Ray 2.60).
+        response = Context().run(generate)
         events = receiver.open(request.id)
         call = asyncio.ensure_future(_result(response))
         call.add_done_callback(_retrieve)
@@ -87,6 +92,8 @@ async def _result(response: object) -> None:
         end: Generated = await response  # type: ignore[misc]  # awaitable, but not typed so
     except (EngineStopped, RayActorError) as error:
         raise EngineLost(f"the engine died: {error}") from error
+    except RequestCancelledError as error:  # by us, since nobody waits any more
+        raise EngineLost(str(error)) from error
     except (EngineFull, BackPressureError) as error:
         raise EngineOverloaded(str(error)) from error
     except DeploymentUnavailableError as error:

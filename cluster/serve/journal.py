@@ -1,6 +1,7 @@
 """The tokens emitted so far of each running request, and what to do with them when an engine dies."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -10,6 +11,8 @@ from prometheus_client import Counter
 
 from cluster.engine.request import GenerationRequest, TokenEvent
 from cluster.serve.engine_client import EngineClient, EngineLost, EngineOverloaded, EngineUnavailable
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class Journal:
                     raise EngineUnavailable(
                         f"no engine took the request within {self.retry.deadline_s:g} s"
                     ) from None
+                logger.warning("no engine has confirmed %s within %g s; once more", submission.id, receipt_s)
                 receipt_s *= 2
                 continue
             await asyncio.sleep(pause_s)  # not at all after a first loss: another engine may be ready

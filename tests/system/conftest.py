@@ -11,7 +11,7 @@ from tests.system.demo_deployment import REPOSITORY, Deployment, serving
 
 RAY_SESSIONS = Path("/tmp/ray")
 LOG_AGE_S = 300.0  # what was written to later than this may have to do with a failure
-MAX_LOG_LINES = 40  # of all processes together, in the report of a failure
+MAX_LOG_LINES = 15  # of all processes together, in the report of a failure
 TROUBLE = re.compile(r"\b(WARNING|ERROR|Error|Traceback|lost|refused|killed)\b")
 
 
@@ -39,5 +39,5 @@ def _last_words() -> list[str]:
     for path in RAY_SESSIONS.glob("session_2*/logs/*.err"):
         if time.time() - path.stat().st_mtime < LOG_AGE_S:
             words = path.read_text(errors="replace").splitlines()
-            lines += [f"{path.stem}: {line}"[:300] for line in words if TROUBLE.search(line)]
+            lines += [f"{path.stem.rpartition('-')[2]}: {line}"[:300] for line in words if TROUBLE.search(line)]
     return lines[-MAX_LOG_LINES:]

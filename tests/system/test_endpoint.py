@@ -66,6 +66,24 @@ def test_32_clients_at_once_get_what_each_gets_alone(deployment: Deployment) -> 
     assert asyncio.run(alone()) == answers[::5]
 
 
+def test_the_choices_of_one_request_are_generated_together(deployment: Deployment) -> None:
+    num_choices, num_tokens = 12, 24
+    chunks = deployment.client().completions.create(
+        model=MODEL,
+        prompt=[f"{index} is a number that" for index in range(num_choices)],
+        max_tokens=num_tokens,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    begun: set[int] = set()
+    for chunk in chunks:
+        (choice,) = chunk.choices
+        begun.add(choice.index)
+        if choice.finish_reason:
+            break
+    assert begun == set(range(num_choices)), "the others had to wait"
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_request(deployment: Deployment, stream: bool) -> None:
     deployment.wait_until_idle()

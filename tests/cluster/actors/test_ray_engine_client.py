@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from grpc import StatusCode
 from grpc.aio import AioRpcError, Metadata
 from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayTaskError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
 from cluster.actors.ray_engine_client import RayEngineClient
 from cluster.actors.token_links import TokenReceiver, TokenSender
@@ -20,6 +21,7 @@ from router.links.base import LinkLost
 from router.links.listener import Listener
 from shards.sampling_params import SamplingParams
 
+HTTP_REQUEST = ContextVar[str]("HTTP_REQUEST", default="none")  # Serve has one like this
 SECRET = b"one cluster's secret"
 REQUEST = GenerationRequest("a", (1, 2, 3), 8, SamplingParams())
 ENDED = Generated("length", 2)
@@ -48,11 +50,13 @@ class Handle:
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self.avoided: frozenset[str] = frozenset()  # of the last call
+        self.http_request = ""  # that the last call seemed to be of
         self.generate = self
 
     def remote(self, request: GenerationRequest, gateway: str, avoided: frozenset[str]) -> Call:
         assert request.prompt == REQUEST.prompt
         self.avoided = avoided
+        self.http_request = HTTP_REQUEST.get()
         self.calls.append(Call())
         return self.calls[-1]
 
@@ -80,6 +84,21 @@ async def begin(
     first = asyncio.ensure_future(anext(events))
     await asyncio.sleep(0)
     return events, first
+
+
+def test_serve_sees_no_relation_between_the_calls_of_one_http_request(tmp_path: Path) -> None:
+    """Else it routes one of them, and forgets the others."""
+
+    async def run() -> None:
+        async with running(tmp_path) as (handle, client, sender, receiver):
+            HTTP_REQUEST.set("with three prompts")
+            _, first = await begin(client)
+            assert handle.http_request == "none"
+            sender.send(receiver.address, [FIRST])
+            assert await first == FIRST
+            assert HTTP_REQUEST.get() == "with three prompts"
+
+    asyncio.run(run())
 
 
 def test_events_come_in_order_until_the_last(tmp_path: Path) -> None:
@@ -160,6 +179,7 @@ def test_the_end_of_one_engines_link_is_no_news_for_requests_of_another(tmp_path
         (NodeDiedError("the host is gone"), EngineLost),
         (OutOfMemoryError("the kernel took it"), EngineLost),
         (AioRpcError(StatusCode.INTERNAL, Metadata(), Metadata()), EngineLost),
+        (RequestCancelledError("a"), EngineLost),
         (RuntimeError("Unexpected error (StatusCode.UNKNOWN): ."), EngineLost),  # without first metadata
         (asyncio.CancelledError(), EngineLost),  # by the engine, as its replica ends
         (RayTaskError("generate", "...", EngineFull("full")).as_instanceof_cause(), EngineOverloaded),
