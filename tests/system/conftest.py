@@ -39,5 +39,6 @@ def _last_words() -> list[str]:
     for path in RAY_SESSIONS.glob("session_2*/logs/*.err"):
         if time.time() - path.stat().st_mtime < LOG_AGE_S:
             words = path.read_text(errors="replace").splitlines()
-            lines += [f"{path.stem.rpartition('-')[2]}: {line}"[:300] for line in words if TROUBLE.search(line)]
+            pid = path.stem.rpartition("-")[2]
+            lines += [f"{pid}: {line}"[:300] for line in words if TROUBLE.search(line)]
     return lines[-MAX_LOG_LINES:]
