@@ -56,8 +56,7 @@ class Program:
     folder: str
 
     def run(self) -> None:
-        """Run it as if Python had been told to, except that this process steps back first."""
-        step_back_whole()
+        """Run it as if Python had been told to."""
         sys.argv = self.argv
         sys.path[0] = str(Path(self.argv[0]).parent)
         runpy.run_path(self.argv[0], run_name="__main__")
@@ -182,6 +181,7 @@ def main() -> None:
     listener = socket.socket(fileno=int(sys.argv[1]))
     address = Path(listener.getsockname())
     if program := _serve(listener):
+        step_back_whole()
         program.run()
     else:
         address.unlink(missing_ok=True)

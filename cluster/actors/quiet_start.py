@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 
-from cluster.actors.fork_server import Program, fork
+from shards.background import in_foreground, step_back_whole
 
 # For `runtime_env` of an actor; both lead to the Python of who starts it, which must be there on every node.
 # Ray puts its own program for workers, and the arguments, behind it, in a line for the shell.
@@ -20,8 +20,11 @@ QUIET_START = {"py_executable": f"{shlex.quote(sys.executable)} -m {__name__}"}
 
 
 def main() -> None:
+    step_back_whole()
+    from cluster.actors.fork_server import Program, fork  # not above: this, too, takes its time
+
     program = Program(sys.argv[1:], dict(os.environ), os.getcwd())
-    if fork(program) is None:
+    if in_foreground(lambda: fork(program)) is None:  # a server that this starts is not to step back
         program.run()
 
 
