@@ -12,6 +12,7 @@ import fcntl
 import gc
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import runpy
@@ -20,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -28,7 +30,7 @@ from pathlib import Path
 
 from cluster.actors.socket_folder import socket_folder
 from router.links.private_folder import make_private
-from shards.background import step_back_whole
+from shards.background import step_back, step_back_whole
 
 # What engines, shards and expert groups import. None of it may start a thread: a fork would not have it.
 _MODULES = (
@@ -43,17 +45,17 @@ _RAYLET = "RAY_RAYLET_PID"  # Ray sets it for every worker
 # setting that is read when a module is imported.
 _OF_ONE_WORKER = "RAY_SERVE_INTERNAL_"
 _START_TIMEOUT_S = 60.0
+_REQUEST_TIMEOUT_S = 1.0  # who asks sends all at once
 _IDLE_S = 10.0  # without a worker
 _BACKLOG = 128
 
 
 @dataclass(frozen=True)
 class Program:
-    """What a Python process runs: a file and its arguments, where, and in which environment."""
+    """What a Python process runs: a file and its arguments, and in which environment."""
 
     argv: list[str]
     environ: dict[str, str]
-    folder: str
 
     def run(self) -> None:
         """Run it as if Python had been told to."""
@@ -63,16 +65,18 @@ class Program:
 
 
 def fork(program: Program) -> int | None:
-    """Have the program run in a fork of the server, which is started if need be.
+    """Have the program run in this folder in a fork of the server, which is started if need be.
 
     Returns its process id, or None if there can be no server. Blocks until the server has its modules.
     """
     if sys.platform != "linux" or _RAYLET not in program.environ:
         return None
     try:
+        request = json.dumps([os.getcwd(), asdict(program)])
+        os.close(_open_raylet(program.environ))  # nothing is started where that can't be watched
         with _connected(_address(program.environ)) as server:
             server.settimeout(_START_TIMEOUT_S)
-            server.sendall(json.dumps(asdict(program)).encode())
+            server.sendall(request.encode())
             server.shutdown(socket.SHUT_WR)
             return int(_read(server))
     except (OSError, ValueError):
@@ -81,10 +85,23 @@ def fork(program: Program) -> int | None:
 
 def _address(environ: Mapping[str, str]) -> Path:
     decisive = {name: value for name, value in environ.items() if not name.startswith(_OF_ONE_WORKER)}
-    key = json.dumps([sys.executable, decisive], sort_keys=True).encode()
+    version = _changed_at("cluster", "router", "shards")  # what is served again may be another
+    key = json.dumps([sys.executable, version, decisive], sort_keys=True).encode()
     directory = socket_folder()
     make_private(directory)
     return directory / f"fork-{hashlib.sha256(key).hexdigest()[:16]}.sock"
+
+
+def _changed_at(*packages: str) -> float:
+    """Return when a file of these packages was changed last."""
+    specs = (importlib.util.find_spec(package) for package in packages)
+    folders = (Path(spec.origin).parent for spec in specs if spec and spec.origin)
+    return max(path.stat().st_mtime for folder in folders for path in folder.rglob("*.py"))
+
+
+def _open_raylet(environ: Mapping[str, str]) -> int:
+    """Return a descriptor that turns readable when the raylet ends. Raises OSError, also if it has ended."""
+    return os.pidfd_open(int(environ[_RAYLET]))
 
 
 def _connected(address: Path) -> socket.socket:
@@ -122,11 +139,12 @@ def _serve(listener: socket.socket) -> Program | None:
 
     Returns the program in each fork, and None in the server when nobody needs it any more.
     """
-    for module in _MODULES:
-        importlib.import_module(module)
+    raylet = _open_raylet(os.environ)
+    importing = threading.Thread(target=_import_quietly)  # priority that this thread gave up, forks had not
+    importing.start()
+    importing.join()
     gc.collect()
     gc.freeze()  # else the first collection of a fork would touch, and so copy, everything
-    raylet = os.pidfd_open(int(os.environ[_RAYLET]))
     wakes, awakened = socket.socketpair()
     for sock in (wakes, awakened):
         sock.setblocking(False)
@@ -145,8 +163,11 @@ def _serve(listener: socket.socket) -> Program | None:
                 num_workers -= _reap()
             if listener in ready:
                 client, _ = listener.accept()
+                client.settimeout(_REQUEST_TIMEOUT_S)
                 with client, suppress(OSError, ValueError, TypeError):
-                    program = Program(**json.loads(_read(client)))
+                    folder, fields = json.loads(_read(client))
+                    program = Program(**fields)
+                    client.sendall(b" ")  # fails if who asked has given up, and runs the program without us
                     pid = os.fork()
                     if pid == 0:
                         break
@@ -162,10 +183,35 @@ def _serve(listener: socket.socket) -> Program | None:
     for sock in (listener, wakes, awakened):
         sock.close()
     os.setpgid(0, 0)
-    os.chdir(program.folder)
+    os.chdir(folder)
     os.environ.clear()
     os.environ.update(program.environ)
     return program
+
+
+def _import_quietly() -> None:
+    """Import the modules at a lower priority, and draw no random numbers that the forks would share.
+
+    Ray makes its ids with a generator that is seeded by the first of them. Two modules of Ray define actors,
+    which get an id, as they are imported. Forks that had this seed made the same ids for their own objects
+    and calls, and were given each other's.
+    """
+    step_back()
+    import ray.actor
+
+    id_class = ray.actor.ActorClassID
+
+    class Id(id_class):  # type: ignore[misc, valid-type]  # Ray has no types
+        @classmethod
+        def from_random(cls) -> object:
+            return id_class(os.urandom(id_class.size()))
+
+    ray.actor.ActorClassID = Id
+    try:
+        for module in _MODULES:
+            importlib.import_module(module)
+    finally:
+        ray.actor.ActorClassID = id_class
 
 
 def _reap() -> int:

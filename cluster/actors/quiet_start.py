@@ -23,7 +23,7 @@ def main() -> None:
     step_back_whole()
     from cluster.actors.fork_server import Program, fork  # not above: this, too, takes its time
 
-    program = Program(sys.argv[1:], dict(os.environ), os.getcwd())
+    program = Program(sys.argv[1:], dict(os.environ))
     if in_foreground(lambda: fork(program)) is None:  # a server that this starts is not to step back
         program.run()
 

@@ -24,7 +24,7 @@ def use_for_workers() -> None:
 
 
 def main() -> None:
-    sys.path[0] = os.getcwd()  # the names here are not for everybody
+    sys.path[0] = ""  # the folder that we are in, if it is still there; the names here are not for everybody
     from cluster.actors import quiet_start
 
     context = next((each for each in sys.argv if each.startswith(_CONTEXT)), None)
@@ -41,7 +41,7 @@ def _is_quiet(runtime_env: Mapping[str, Any], quiet_start: Mapping[str, str]) ->
     """Say whether a quiet start is all that a worker's environment asks for."""
     asked = {name: value for name, value in runtime_env.items() if value and name != "env_vars"}
     variables = runtime_env.get("env_vars", {})
-    return asked == quiet_start and not any("${" in value for value in variables.values())
+    return asked == quiet_start and not any("$" in value for value in variables.values())
 
 
 if __name__ == "__main__":

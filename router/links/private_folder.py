@@ -1,6 +1,7 @@
 """A folder for sockets that only this user may enter."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from stat import S_ISDIR, filemode
 
@@ -10,7 +11,8 @@ def make_private(directory: Path) -> None:
 
     Raises ValueError if it is there, and not one of this user, closed to all others, or a symbolic link.
     """
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with suppress(FileExistsError):  # whatever it is
+        directory.mkdir(mode=0o700, parents=True)
     status = directory.lstat()
     if not S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise ValueError(

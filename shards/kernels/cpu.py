@@ -162,7 +162,9 @@ def gated_mlps(x_ND: Tensor, parts: Sequence[tuple[int, PackedWeight, PackedWeig
     """
     _check("x_ND", x_ND, torch.float32)
     _check("out_ND", out_ND, torch.float32, tuple(x_ND.shape))
-    assert sum(rows for rows, _, _ in parts) == len(x_ND), f"parts must have {len(x_ND)} rows together"
+    counts = [rows for rows, _, _ in parts]
+    is_all = sum(counts) == len(x_ND) and all(rows >= 0 for rows in counts)
+    assert is_all, f"{counts} are not {len(x_ND)} rows"
     if not parts:
         return
     down = parts[0][2]

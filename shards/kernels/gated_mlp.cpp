@@ -2,7 +2,7 @@
 //
 // Per network: pack its rows, multiply them by gate and up, activate and pack what came out, multiply that by down.
 // All of it is tasks of one call, so threads are woken once, not for each product of each network. They take tasks in
-// their order, all networks' first products before all second ones: what a task needs is nearly always there.
+// their order, each of the four steps for all networks before the next: what a task needs is nearly always there.
 #include <algorithm>
 #include <atomic>
 #include <deque>
@@ -40,45 +40,47 @@ class Passage {
           gate_up_out_(packed_x_ + rows_ * hidden), packed_h_(gate_up_out_ + rows_ * 2 * inner),
           gate_up_(packed_x_, rows_, network.gate_up, network.is_bf16, 2 * inner, hidden, gate_up_out_, num_threads),
           down_(packed_h_, rows_, network.down, network.is_bf16, hidden, inner, y, num_threads),
-          first_products_left_(gate_up_.num_tasks) {}
+          tiles_(rows_), packs_left_(tiles_.count), first_products_left_(gate_up_.num_tasks),
+          activations_left_(tiles_.count) {}
 
+    int64_t num_tiles() const { return tiles_.count; }
     int64_t num_first_products() const { return gate_up_.num_tasks; }
     int64_t num_second_products() const { return down_.num_tasks; }
     int64_t multiplications() const { return gate_up_.multiplications() + down_.multiplications(); }
 
-    void pack(int64_t) {
-        for (int64_t t = 0; t < num_tiles(rows_); t++) pack_tile(x_, hidden_, rows_, hidden_, t, packed_x_);
-        is_packed_.store(true);
+    void pack(int64_t tile) {
+        pack_tile(x_, hidden_, rows_, hidden_, tile, packed_x_);
+        packs_left_.fetch_sub(1);
     }
 
     void first_product(int64_t task) {
-        await([&] { return is_packed_.load(); });
+        await([&] { return packs_left_.load() == 0; });
         gate_up_.run(task);
-        if (first_products_left_.fetch_sub(1) == 1) activate();
+        first_products_left_.fetch_sub(1);
+    }
+
+    void activate(int64_t tile) {
+        await([&] { return first_products_left_.load() == 0; });
+        for (int64_t r = tiles_.first(tile); r < tiles_.first(tile + 1); r++) {
+            float* gate = gate_up_out_ + r * 2 * inner_;
+            silu_mul_row(gate, gate + inner_, inner_, gate);
+        }
+        pack_tile(gate_up_out_, 2 * inner_, rows_, inner_, tile, packed_h_);
+        activations_left_.fetch_sub(1);
     }
 
     void second_product(int64_t task) {
-        await([&] { return is_active_.load(); });
+        await([&] { return activations_left_.load() == 0; });
         down_.run(task);
     }
 
   private:
-    void activate() {
-        for (int64_t r = 0; r < rows_; r++) {
-            float* gate = gate_up_out_ + r * 2 * inner_;
-            silu_mul_row(gate, gate + inner_, inner_, gate);
-        }
-        for (int64_t t = 0; t < num_tiles(rows_); t++)
-            pack_tile(gate_up_out_, 2 * inner_, rows_, inner_, t, packed_h_);
-        is_active_.store(true);
-    }
-
     const float* x_;
     int64_t rows_, hidden_, inner_;
     float *packed_x_, *gate_up_out_, *packed_h_;
     Product gate_up_, down_;
-    std::atomic<bool> is_packed_{false}, is_active_{false};
-    std::atomic<int64_t> first_products_left_;
+    Tiles tiles_;
+    std::atomic<int64_t> packs_left_, first_products_left_, activations_left_;
 };
 
 struct Task {
@@ -105,8 +107,9 @@ void run_block(Region& region, const std::vector<Network>& networks, const float
     auto add = [&](Passage& passage, void (Passage::*step)(int64_t), int64_t count) {
         for (int64_t i = 0; i < count; i++) tasks.push_back({&passage, step, i});
     };
-    for (Passage& passage : passages) add(passage, &Passage::pack, 1);
+    for (Passage& passage : passages) add(passage, &Passage::pack, passage.num_tiles());
     for (Passage& passage : passages) add(passage, &Passage::first_product, passage.num_first_products());
+    for (Passage& passage : passages) add(passage, &Passage::activate, passage.num_tiles());
     for (Passage& passage : passages) add(passage, &Passage::second_product, passage.num_second_products());
     std::reverse(tasks.begin(), tasks.end());  // threads take the last one first
     auto run = [&](int64_t i) { (tasks[i].passage->*tasks[i].step)(tasks[i].index); };

@@ -14,7 +14,7 @@ extern "C" void tw_linear(const float* x, int64_t rows, const void* weight, int 
         if (count > 1) {
             float* to = region.scratch(count * depth);
             auto pack = [&](int64_t t) { pack_tile(x + row * depth, depth, count, depth, t, to); };
-            region.run(num_tiles(count), pack, count * depth >= kSmall / 4);
+            region.run(Tiles(count).count, pack, count * depth >= kSmall / 4);
             packed = to;
         }
         Product product(packed, count, weight, is_bf16, columns, depth, y + row * columns, region.num_threads());

@@ -1,4 +1,4 @@
-// A weight [columns][depth], as checkpoints have it, into the panels that linear.cpp reads.
+// A weight [columns][depth], as checkpoints have it, into the panels that product.cpp reads.
 #include <algorithm>
 #include <cstdint>
 

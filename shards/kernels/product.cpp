@@ -156,14 +156,6 @@ constexpr std::array<StripsOfTile, sizeof...(Rows)> by_rows(std::index_sequence<
 template <class Weight>
 constexpr auto kByRows = by_rows<Weight>(std::make_index_sequence<kMaxRows>{});
 
-// Rows 0 .. rows-1 in tiles of nearly equal height; a tile of the packed rows is [k][rows of the tile].
-struct Tiles {
-    int64_t rows, count;
-    explicit Tiles(int64_t rows) : rows(rows), count((rows + kMaxRows - 1) / kMaxRows) {}
-    int64_t first(int64_t t) const { return rows * t / count; }
-    int64_t height(int64_t t) const { return first(t + 1) - first(t); }
-};
-
 template <class Weight>
 void run_task(const Product& p, int64_t index) {
     Tiles tiles(p.rows);
@@ -186,7 +178,7 @@ void run_task(const Product& p, int64_t index) {
 
 }  // namespace
 
-int64_t num_tiles(int64_t rows) { return Tiles(rows).count; }
+Tiles::Tiles(int64_t rows) : rows(rows), count((rows + kMaxRows - 1) / kMaxRows) {}
 
 void pack_tile(const float* x, int64_t stride, int64_t rows, int64_t depth, int64_t t, float* packed) {
     Tiles tiles(rows);
@@ -201,7 +193,7 @@ Product::Product(const float* packed, int64_t rows, const void* weight, bool is_
                  float* y, int num_threads)
     : packed(packed), rows(rows), weight(static_cast<const char*>(weight)), is_bf16(is_bf16), columns(columns),
       depth(depth), y(y) {
-    tile_groups = (num_tiles(rows) + kTilesPerTask - 1) / kTilesPerTask;
+    tile_groups = (Tiles(rows).count + kTilesPerTask - 1) / kTilesPerTask;
     strips_per_task = 8 * kStrips;
     while (strips_per_task > kStrips && strips() / strips_per_task * tile_groups < 4 * num_threads)
         strips_per_task /= 2;

@@ -9,7 +9,12 @@ constexpr int64_t kMaxBlockRows = 1008;  // of one product: bounds the memory fo
 constexpr int64_t kSmall = 65536;
 
 // Rows are packed for a product: in tiles of nearly equal height, [k][rows of the tile], as many numbers as before.
-int64_t num_tiles(int64_t rows);
+struct Tiles {
+    int64_t rows, count;
+    explicit Tiles(int64_t rows);
+    int64_t first(int64_t t) const { return rows * t / count; }
+    int64_t height(int64_t t) const { return first(t + 1) - first(t); }
+};
 
 // Pack tile t of `rows` rows of `depth` numbers; they begin `stride` numbers apart.
 void pack_tile(const float* x, int64_t stride, int64_t rows, int64_t depth, int64_t t, float* packed);

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -21,10 +22,14 @@ from cluster.actors.quiet_start import QUIET_START
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
 
+REPOSITORY = Path(__file__).parents[3]
 # Says how it was started, and stays until it is told to end, or its folder is gone.
 WORKER = """
 import json, os, pathlib, sys, time
+from concurrent.futures import ThreadPoolExecutor
 had = "torch" in sys.modules
+from ray import WorkerID
+draw = lambda: WorkerID.from_random().hex()
 from shards.background import in_foreground
 niceness = lambda: os.getpriority(os.PRIO_PROCESS, 0)
 out = pathlib.Path(sys.argv[1])
@@ -32,6 +37,7 @@ out.with_suffix(".part").write_text(json.dumps(dict(
     name=__name__, argv=sys.argv, path=sys.path[0], folder=os.getcwd(), had_torch=had, pid=os.getpid(),
     server=os.getppid(), group=os.getpgid(0), niceness=niceness(), in_front=in_foreground(niceness),
     word=os.environ.get("RAY_SERVE_INTERNAL_WORD"), descriptors=len(os.listdir("/proc/self/fd")),
+    ids=[draw(), ThreadPoolExecutor().submit(draw).result()],
 )))
 out.with_suffix(".part").rename(out)
 while out.exists() and not out.with_suffix(".end").exists():
@@ -112,6 +118,62 @@ def test_all_workers_of_a_deployment_have_one_server_and_nothing_of_it_or_each_o
     assert first["server"] == second["server"]
     assert (first["word"], second["word"]) == ("first", "second")
     assert first["descriptors"] == second["descriptors"] <= 5  # 0, 1, 2, and what the listing itself opens
+
+
+def test_workers_draw_ids_of_their_own(node: Node) -> None:
+    """Ray names objects and calls by them: two workers with the same are given each other's."""
+    ids = [id for _ in range(3) for id in node.start()["ids"]]
+    assert len(set(ids)) == 6, ids
+
+
+def test_who_says_nothing_holds_up_no_other(node: Node) -> None:
+    node.start()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent:
+        silent.connect(str(socket_of(node)))
+        assert node.start()["had_torch"]
+
+
+def test_a_worker_whose_start_was_given_up_is_not_started(node: Node) -> None:
+    """It runs already, by itself."""
+    given_up = node.folder / "given up.json"
+    server = psutil.Process(node.start()["server"])
+    server.suspend()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asks:
+        asks.connect(str(socket_of(node)))
+        program = fork_server.Program([str(node.program), str(given_up)], node.environ())
+        asks.sendall(json.dumps([str(node.folder), asdict(program)]).encode())
+    server.resume()
+    node.start()  # behind it
+    time.sleep(0.5)  # as long as a worker needs
+    assert not given_up.exists()
+
+
+def test_a_worker_starts_by_itself_in_a_folder_that_is_gone(node: Node, tmp_path: Path) -> None:
+    program = node.folder / "homeless.py"
+    program.write_text("print('at work')")
+    quiet_start = shlex.join([*shlex.split(QUIET_START["py_executable"]), str(program)])
+    ran = subprocess.run(
+        ["bash", "-c", f"rmdir {shlex.quote(str(tmp_path))} && {quiet_start}"],
+        env={**node.environ(), "PYTHONPATH": str(REPOSITORY)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.stdout == "at work\n", ran.stderr
+
+
+def test_another_version_of_the_project_has_another_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / "some_package" / "part" / "module.py"
+    module.parent.mkdir(parents=True)
+    module.touch()
+    (tmp_path / "some_package" / "__init__.py").touch()
+    before = fork_server._changed_at("some_package")
+    os.utime(module, (before + 1, before + 1))
+    assert fork_server._changed_at("some_package") == before + 1
+    assert fork_server._changed_at("cluster", "router", "shards") > 0
 
 
 def test_workers_that_start_at_the_same_time_have_one_server(node: Node) -> None:

@@ -90,10 +90,11 @@ def test_a_gate_that_is_not_a_number_stays_so():
     assert activated([float("nan")]).isnan().all()
 
 
-def test_rows_that_belong_to_no_network_are_refused():
-    _, networks = random_networks(1, 8, 4, torch.float32)
-    with pytest.raises(AssertionError, match="parts must have 3 rows together"):
-        run(networks, [2], random(3, 8))
+@pytest.mark.parametrize("counts", [[2, 0], [2, 2], [-1, 4]])
+def test_counts_that_are_not_the_rows_are_refused(counts):
+    _, networks = random_networks(2, 8, 4, torch.float32)
+    with pytest.raises(AssertionError, match="are not 3 rows"):
+        run(networks, counts, random(3, 8))
 
 
 def test_networks_of_another_width_are_refused():
