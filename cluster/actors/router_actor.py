@@ -164,7 +164,7 @@ class Router:
     async def _command(self, change: Callable[[Controller], None]) -> Progress:
         if self._keeper is None:
             raise ValueError(
-                f"model {self._model.name!r} has no expert groups; its engines hold the experts themselves"
+                f"model {self._model.name!r} has no expert groups (expert_groups in its configuration)"
             )
         change(self._keeper.controller)
         self._keeper.wake()

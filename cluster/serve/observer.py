@@ -5,6 +5,7 @@ import time
 import uuid
 from dataclasses import dataclass
 
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -25,7 +26,10 @@ class Exchange:
 
 
 class Observer:
-    """ASGI middleware: counts requests, names them (`x-request-id`), and answers for what nobody caught."""
+    """ASGI middleware: counts requests, names them (`x-request-id`), and answers for what nobody caught.
+
+    A request that comes with a name keeps it; behind Serve, each does, and Serve puts it on the answer.
+    """
 
     def __init__(self, app: ASGIApp, metrics: GatewayMetrics) -> None:
         self.app, self.metrics = app, metrics
@@ -34,7 +38,8 @@ class Observer:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        exchange = Exchange(f"req-{uuid.uuid4().hex}")
+        given = Headers(scope=scope).get("x-request-id")
+        exchange = Exchange(given or f"req-{uuid.uuid4().hex}")
         scope.setdefault("state", {})["exchange"] = exchange
         started, began_s = False, time.perf_counter()
 
@@ -42,8 +47,9 @@ class Observer:
             nonlocal started
             if message["type"] == "http.response.start":
                 started, exchange.status = True, message["status"]
-                named = (b"x-request-id", exchange.request_id.encode())
-                message = {**message, "headers": [*message["headers"], named]}
+                if not given:
+                    named = (b"x-request-id", exchange.request_id.encode())
+                    message = {**message, "headers": [*message["headers"], named]}
             await send(message)
 
         try:

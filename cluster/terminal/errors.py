@@ -7,7 +7,8 @@ def sentence(error: Exception) -> str:
     """Word an error for a person: who does not answer, or what the answer says."""
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
         return (
-            f"nobody answers at {error.request.url.copy_with(path='/')}; is `tradewind serve` running there?"
+            f"nobody answers at {error.request.url.copy_with(path='/')}; is `tradewind serve` running there? "
+            "--url, or TRADEWIND_URL, says where it is"
         )
     if isinstance(error, httpx.HTTPStatusError):
         return f"{error.request.url} answers: {answered(error.response)}"

@@ -46,9 +46,7 @@ class Experts:
             raise ValueError(f"model {model!r} is not served at {url}; choose one of {', '.join(models)}")
         names = [model] if model else [name for name, its in models.items() if its["progress"]]
         if not names:
-            raise ValueError(
-                f"no model at {url} has expert groups; their engines hold the experts themselves"
-            )
+            raise ValueError(f"no model at {url} has expert groups (expert_groups in its configuration)")
         self._model = names[0]
         self._first_look = models[self._model]
 

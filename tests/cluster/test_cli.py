@@ -42,7 +42,8 @@ def nobody():
 )
 def test_when_nobody_answers_one_sentence_says_where_and_what_to_start(command, nobody):
     assert error(*command, "--url", nobody) == (
-        f"error: nobody answers at {nobody}/; is `tradewind serve` running there?"
+        f"error: nobody answers at {nobody}/; is `tradewind serve` running there? "
+        "--url, or TRADEWIND_URL, says where it is"
     )
 
 

@@ -37,6 +37,13 @@ def test_a_streamed_answer_is_the_whole_answer_in_pieces(deployment: Deployment)
     assert chunks[-1].usage.completion_tokens == 8
 
 
+@pytest.mark.parametrize("given", [{}, {"x-request-id": "mine"}])
+def test_an_answer_has_one_request_id(deployment: Deployment, given: dict[str, str]) -> None:
+    response = httpx.get(f"{deployment.url}/v1/models", headers=given)
+    (request_id,) = response.headers.get_list("x-request-id")
+    assert request_id == given.get("x-request-id", request_id)
+
+
 def test_32_clients_at_once_get_what_each_gets_alone(deployment: Deployment) -> None:
     def ask(client: openai.AsyncOpenAI, index: int):
         # Greedy and sampled, short and long, sharing prefixes and not.

@@ -145,6 +145,15 @@ def test_what_does_not_fit_the_model_is_refused_before_any_engine_work(
     assert engine.submissions == []
 
 
+def test_a_request_that_has_a_name_is_called_by_it_and_named_by_whoever_did(http, engine, caplog):
+    engine.failures = [(0, ZeroDivisionError())]
+    with caplog.at_level(logging.ERROR):
+        response = http.post("/v1/chat/completions", json=HI, headers={"x-request-id": "mine"})
+    assert "mine failed" in caplog.text
+    assert response.json()["error"]["message"].endswith("under mine")
+    assert "x-request-id" not in response.headers, "Serve adds it"
+
+
 def test_an_unexpected_error_shows_no_internals_and_is_logged_under_its_id(http, engine, caplog):
     engine.failures = [(0, ZeroDivisionError("secret of /etc/passwd"))]
     with caplog.at_level(logging.ERROR):
