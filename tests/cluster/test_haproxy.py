@@ -4,9 +4,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from cluster.local_ray import free_port
@@ -39,10 +41,17 @@ def test_it_closes_when_its_parent_is_killed(tmp_path: Path) -> None:
     config = tmp_path / "haproxy.cfg"
     config.write_text(CONFIG.format(port=port))
     parent = subprocess.Popen([sys.executable, "-c", PARENT, HAPROXY, "-db", "-f", config])
-    for wanted in (True, False):
-        deadline = time.monotonic() + DEADLINE_S
-        while is_open(port) is not wanted:
-            assert time.monotonic() < deadline, f"it should be {'open' if wanted else 'closed'} by now"
-            time.sleep(0.05)
-        parent.send_signal(signal.SIGKILL)
-        parent.wait()
+    family: list[psutil.Process] = []
+    try:
+        for wanted in (True, False):
+            deadline = time.monotonic() + DEADLINE_S
+            while is_open(port) is not wanted:
+                assert time.monotonic() < deadline, f"it should be {'open' if wanted else 'closed'} by now"
+                time.sleep(0.05)
+            family = family or psutil.Process(parent.pid).children()
+            parent.send_signal(signal.SIGKILL)
+            parent.wait()
+    finally:
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
