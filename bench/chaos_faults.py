@@ -160,7 +160,7 @@ FAULTS = (
     Fault("kill-group-and-router", TWO_BY_TWO, kill_one("ExpertGroup", "Router")),
     Fault("kill-group-and-engine", TWO_BY_TWO, kill_one("ExpertGroup", "Engine"), (FAILOVER_GAP,)),
     Fault("rolling-restart", TWO_BY_TWO, rolling_restart, (STEADY, NO_503)),
-    Fault("scale", TWO_BY_TWO, scale, (STEADY, NO_503), times=3),
+    Fault("scale", TWO_BY_TWO, scale, (STEADY, NO_503), times=6),
     # The router would not wait longer before it balances by itself.
     Fault("rebalance", FEW_SLOTS, rebalance, (STEADY, NO_503), skew, times=4, before_s=8.0),
     Fault("kill-all-but-one", FOUR_GROUPS, kill_all_but_one),
