@@ -14,7 +14,7 @@ would be read twice for that (`DIVIDE_ROWS` in router/placement.py). So small st
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,9 +64,10 @@ class CountingStore:
         self.held: set[Slot] = set()
         self.rows_L = np.zeros(NUM_LAYERS, np.int64)
 
-    def run(self, layer: int, expert: int, x_ND: Tensor, out_ND: Tensor) -> None:
-        if (layer, expert) not in self.held:
-            raise NotHeld(layer, expert)
+    def run(self, layer: int, runs: Sequence[tuple[int, int]], x_ND: Tensor, out_ND: Tensor) -> None:
+        for expert, _ in runs:
+            if (layer, expert) not in self.held:
+                raise NotHeld(layer, expert)
         self.rows_L[layer] += len(x_ND)
         out_ND.copy_(x_ND)
 
