@@ -201,12 +201,12 @@ def _import_quietly() -> None:
 
     id_class = ray.actor.ActorClassID
 
-    class Id(id_class):  # type: ignore[misc, valid-type]  # Ray has no types
-        @classmethod
-        def from_random(cls) -> object:
+    class SystemsRandomness:
+        @staticmethod
+        def from_random() -> object:
             return id_class(os.urandom(id_class.size()))
 
-    ray.actor.ActorClassID = Id
+    ray.actor.ActorClassID = SystemsRandomness  # which only asks it for this
     try:
         for module in _MODULES:
             importlib.import_module(module)

@@ -5,7 +5,6 @@ import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from contextvars import Context
-from functools import partial
 
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
@@ -54,10 +53,11 @@ class RayEngineClient:
 
     async def _events(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         receiver = self._receiver
-        generate = partial(self._handle.generate.remote, request, receiver.address, avoided=receiver.avoided)
         # Serve takes the HTTP request's id for each of its calls, from the context. But its request routers
         # know calls by that id, and forget all but one of those that wait at the same time (Ray 2.60).
-        response = Context().run(generate)
+        response = Context().run(
+            self._handle.generate.remote, request, receiver.address, avoided=receiver.avoided
+        )
         events = receiver.open(request.id)
         call = asyncio.ensure_future(_result(response))
         call.add_done_callback(_retrieve)

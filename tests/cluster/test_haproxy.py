@@ -1,9 +1,7 @@
 """Serve's front door ends with who opened it."""
 
-import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import psutil
 import pytest
 
 from cluster.local_ray import free_port
+from tests.system.demo_deployment import wait_for
 
 HAPROXY = Path(sys.executable).with_name("tradewind-haproxy")
 CONFIG = """
@@ -28,13 +27,6 @@ PARENT = "import subprocess, sys, time; subprocess.Popen(sys.argv[1:]); time.sle
 DEADLINE_S = 10.0
 
 
-def is_open(port: int) -> bool:
-    try:
-        return httpx.get(f"http://127.0.0.1:{port}/").is_success
-    except httpx.HTTPError:
-        return False
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
 def test_it_closes_when_its_parent_is_killed(tmp_path: Path) -> None:
     port = free_port()
@@ -42,16 +34,21 @@ def test_it_closes_when_its_parent_is_killed(tmp_path: Path) -> None:
     config.write_text(CONFIG.format(port=port))
     parent = subprocess.Popen([sys.executable, "-c", PARENT, HAPROXY, "-db", "-f", config])
     family: list[psutil.Process] = []
+
+    def is_open() -> bool:
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}/").is_success
+        except httpx.HTTPError:
+            return False
+
     try:
-        for wanted in (True, False):
-            deadline = time.monotonic() + DEADLINE_S
-            while is_open(port) is not wanted:
-                assert time.monotonic() < deadline, f"it should be {'open' if wanted else 'closed'} by now"
-                time.sleep(0.05)
-            family = family or psutil.Process(parent.pid).children()
-            parent.send_signal(signal.SIGKILL)
-            parent.wait()
+        wait_for(is_open, "an answer", DEADLINE_S)
+        family = psutil.Process(parent.pid).children()
+        parent.kill()
+        parent.wait()
+        wait_for(lambda: not is_open(), "the door's end", DEADLINE_S)
     finally:
+        parent.kill()
         for process in family:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
