@@ -119,12 +119,13 @@ class Target:
         return self._gone.isdisjoint(process["pid"] for process in processes)
 
     async def moved_bytes(self) -> int:
-        """Return how many bytes of weights groups have staged so far."""
+        """Return how many bytes of weights groups have copied so far; those that they share are not moved."""
 
         async def metrics() -> str:
             return (await self._client.get("/metrics")).raise_for_status().text
 
-        values = re.findall(rf"^{_BYTES_METRIC}{{.*}} (\S+)$", await self._patiently(metrics), re.MULTILINE)
+        copied = rf'^{_BYTES_METRIC}{{.*source="(?:peer|checkpoint)".*}} (\S+)$'
+        values = re.findall(copied, await self._patiently(metrics), re.MULTILINE)
         return int(sum(map(float, values)))
 
     async def _status(self) -> dict[str, Any]:

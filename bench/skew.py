@@ -96,7 +96,6 @@ class Group:
             self.num_slots,
             frozenset(self.store.held),
             frozenset(),
-            staged_bytes=0,
             busy_s=self.service.busy_s,
             wish=Wish(0, 0),
         )

@@ -163,8 +163,8 @@ class RouterMetrics:
         self.groups = gauge("tradewind_expert_groups", "Expert groups by what is believed of them.", "state")
         self.rebalance_bytes = Counter(
             "tradewind_rebalance_bytes_total",
-            "Bytes of weights staged into slots, from peers and from the checkpoint.",
-            ["model"],
+            "Bytes of weights staged into slots, by where they came from: `shared` ones were not copied.",
+            ["model", "source"],
             registry=registry,
         )
         self.rebalance_seconds = Histogram(

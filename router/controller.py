@@ -265,7 +265,7 @@ class Controller:
         for member in suspects:
             if not member.held <= available:
                 slots[member.name] = member.held
-        addresses = {m.name: m.state.address for m in (*active, *suspects) if m.state}
+        states = {m.name: m.state for m in (*active, *suspects) if m.state}
         is_whole = len(frozenset().union(*slots.values())) == self._load.rows_LE.size
         # Nothing can be served before every expert is there. But engines that served before this router came
         # must learn what there is now, once that is known: until they use it, no slot can be freed.
@@ -273,7 +273,7 @@ class Controller:
         if is_whole or self.epoch or is_known:
             self._epochs.publish(
                 tuple(
-                    Group(name, addresses[name], tuple(sorted(held)))
+                    Group(name, states[name].address, tuple(sorted(held)), states[name].abreast)
                     for name, held in sorted(slots.items())
                     if held
                 )

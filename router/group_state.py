@@ -17,6 +17,15 @@ class Wish:
 
 
 @dataclass(frozen=True)
+class StagedBytes:
+    """Bytes of weights that a group has got into its slots since it started, by where they came from."""
+
+    peer: int = 0  # copied from another group
+    checkpoint: int = 0
+    shared: int = 0  # not copied: they lie in memory that is another group's, too
+
+
+@dataclass(frozen=True)
 class GroupState:
     """One group's answer to a router's heartbeat."""
 
@@ -25,10 +34,11 @@ class GroupState:
     num_slots: int
     held: frozenset[Slot]  # ready to be run
     staging: frozenset[Slot]  # asked for, and not there yet
-    staged_bytes: int  # of weights, from peers and from the checkpoint, since it started
     busy_s: float  # spent computing since it started
     wish: Wish
+    staged_bytes: StagedBytes = StagedBytes()
     is_leaving: bool = False  # its system (SIGTERM) or a router wants it to end; it serves until it is let go
     failure: str | None = None  # why something that it was told to stage is not there
     number: int = 0  # counts its answers: of two, the one with the higher number was given later
+    abreast: int | None = None  # groups like it that its host's cores can run at once; None: any number
     num_sharing: int = 1  # groups that its host's cores are for, itself included, as it was told last

@@ -39,10 +39,10 @@ def published(live: Sequence[Member], target: Target) -> dict[str, frozenset[Slo
 def stage_orders(live: Sequence[Member], target: Target, now_s: float) -> dict[str, tuple[StageOrder, ...]]:
     """Return what each group should be told to stage now, of what it should hold and does not.
 
-    Weights come from a group that holds them, else from the checkpoint; while one group reads an expert,
-    others wait for it, so that nothing is read twice. Experts that nobody holds come first, then those that
-    groups exchange: taking one makes room where it was. All others leave a group's last slot free, or groups
-    that are full could wait for each other for ever.
+    Weights come from a group that holds them, one on the same host if there is any, else from the checkpoint;
+    while one group reads an expert, others wait for it, so that nothing is read twice. Experts that nobody
+    holds come first, then those that groups exchange: taking one makes room where it was. All others leave a
+    group's last slot free, or groups that are full could wait for each other for ever.
     """
     holders: dict[Slot, list[Member]] = {}
     for member in live:
@@ -61,6 +61,7 @@ def stage_orders(live: Sequence[Member], target: Target, now_s: float) -> dict[s
         for slot in _of(target, member) - member.held - member.staging - member.freed:
             lacking.setdefault(slot, []).append(member)
 
+    hosts = {member.name: member.host for member in live}
     orders: dict[str, list[StageOrder]] = {member.name: [] for member in live}
     num_fetches: dict[str, int] = dict.fromkeys(orders, 0)  # by the group that is fetched from
     for slot in sorted(lacking, key=lambda slot: (slot in holders, slot not in exchanged, slot)):
@@ -69,7 +70,9 @@ def stage_orders(live: Sequence[Member], target: Target, now_s: float) -> dict[s
         if slot not in holders:
             takers = sorted(takers, key=lambda m: len(orders[m.name]))[: slot not in being_read]
         for taker in takers:
-            giver = min(holders.get(slot, ()), key=lambda m: num_fetches[m.name], default=None)
+            its_holders, host = holders.get(slot, ()), hosts[taker.name]
+            near = [member for member in its_holders if hosts[member.name] == host]
+            giver = min(near or its_holders, key=lambda m: num_fetches[m.name], default=None)
             if giver:
                 num_fetches[giver.name] += 1
             peer = giver.state.address if giver and giver.state else None

@@ -1,8 +1,11 @@
 """The table that says which groups hold which experts, and how the rows of a layer are shared out by it."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+
+from router.crowds import Crowd, asked_groups
+from router.links.address import Address
 
 # A few rows take an expert as long as reading its weights does: as long as computing this many. (For a core
 # that reads 12 GB/s and computes 110 GFLOP/s: docs/decisions/0001-own-cpu-kernels.md.)
@@ -19,6 +22,7 @@ class Group:
     name: str
     address: str  # str(Address) of its listener
     slots: tuple[tuple[int, int], ...]
+    abreast: int | None = None  # groups that its host's cores can run at once; None: any number
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,12 @@ class Placement:
         Each group should get about as much to do. Experts with little choice come first, then those with
         many rows; each goes to the group that has the least so far, or is divided if it has DIVIDE_ROWS or
         more. Those are then divided once more, now that everybody's load is known. Where groups are equal,
-        `turn` says who is first, so that callers who count it up spread small batches, too. An expert without
-        a replica gets no share.
+        `turn` says who is first, so that callers who count it up spread small batches, too. On a host with
+        more groups than it can run at once, only so many get rows, or as many more as it takes to have every
+        expert. An expert without a replica gets no share.
         """
         num_groups = len(self.groups)
+        asked = self._asked(layer)
         load_G = [0] * num_groups
         parts_E: dict[int, list[tuple[int, int]]] = {}  # (group, rows) of each expert
 
@@ -73,7 +79,11 @@ class Placement:
             for group, part in parts_E[expert]:
                 load_G[group] += max(part, VISIT_ROWS)
 
-        choices = [(expert, self.replicas(layer, expert), num_rows) for expert, num_rows in rows if num_rows]
+        choices = [
+            (expert, tuple(g for g in self.replicas(layer, expert) if g in asked), num_rows)
+            for expert, num_rows in rows
+            if num_rows
+        ]
         choices = [choice for choice in choices if choice[1]]
         for choice in sorted(choices, key=lambda choice: (len(choice[1]), -choice[2])):
             place(*choice)
@@ -83,6 +93,43 @@ class Placement:
                 load_G[group] -= max(part, VISIT_ROWS)
             place(*choice)
         return [Share(expert, group, part) for expert, parts in parts_E.items() for group, part in parts]
+
+    def _asked(self, layer: int) -> Collection[int]:
+        """Return the groups that get rows of a layer: the same for all engines, which share their cores."""
+        if not self._crowds:
+            return range(len(self.groups))
+        if layer not in self._known_asked:
+            held_G = [held.get(layer, frozenset()) for held in self._held]
+            self._known_asked[layer] = asked_groups(held_G, self._crowds, layer)
+        return self._known_asked[layer]
+
+    @cached_property
+    def _crowds(self) -> list[Crowd]:
+        groups_by_host: dict[str, list[int]] = {}
+        for index, group in enumerate(self.groups):
+            if group.abreast is not None:
+                groups_by_host.setdefault(Address.parse(group.address).host_id, []).append(index)
+        crowds = [
+            Crowd(tuple(groups), min(self.groups[group].abreast or 1 for group in groups))
+            for groups in groups_by_host.values()
+        ]
+        return [crowd for crowd in crowds if len(crowd.groups) > crowd.num_at_once]
+
+    @cached_property
+    def _known_asked(self) -> dict[int, frozenset[int]]:
+        """By layer."""
+        return {}
+
+    @cached_property
+    def _held(self) -> list[dict[int, frozenset[int]]]:
+        """The experts of each group, by layer."""
+        held_G = []
+        for group in self.groups:
+            experts_L: dict[int, list[int]] = {}
+            for layer, expert in group.slots:
+                experts_L.setdefault(layer, []).append(expert)
+            held_G.append({layer: frozenset(experts) for layer, experts in experts_L.items()})
+        return held_G
 
     @cached_property
     def _replicas(self) -> dict[tuple[int, int], tuple[int, ...]]:

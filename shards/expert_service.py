@@ -195,7 +195,7 @@ class ExpertService:
     def _start_weights(self, link: StreamLink, frame: Frame) -> None:
         """Have the weights sent that a FETCH asks for. Raises ValueError, to be sent back."""
         mlp = self._store.get(frame.layer, expert_of(frame))
-        self._weights[link] = weights_frames(mlp, frame.layer, frame.sequence)
+        self._weights[link] = weights_frames(mlp, frame.layer, frame.sequence, link.carries_files)
         self._selector.modify(link, selectors.EVENT_WRITE)
 
     def _question(self, link: StreamLink, frame: Frame) -> _Question:

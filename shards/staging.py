@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from router.group_state import StagedBytes
 from router.links.base import Frame, Kind, Link
 from router.links.pool import LinkPool
 from shards.background import step_back
@@ -60,6 +61,7 @@ class Stager:
         self._sequence = 0
         self._bytes_from_peers = 0
         self._bytes_from_checkpoint = 0
+        self._bytes_shared = 0
 
         self._changed = threading.Condition()  # of what is below, and of the store where both must agree
         self._failures: dict[tuple[int, int], str] = {}  # of what was given up, until it is staged or freed
@@ -75,14 +77,9 @@ class Stager:
             return frozenset(self._pending)
 
     @property
-    def bytes_from_peers(self) -> int:
-        """How many bytes of weights other groups have sent since the start."""
-        return self._bytes_from_peers
-
-    @property
-    def bytes_from_checkpoint(self) -> int:
-        """How many bytes of weights were read from the checkpoint since the start."""
-        return self._bytes_from_checkpoint
+    def staged_bytes(self) -> StagedBytes:
+        """How many bytes of weights have come, also of experts that were not wanted any more in the end."""
+        return StagedBytes(self._bytes_from_peers, self._bytes_from_checkpoint, self._bytes_shared)
 
     @property
     def last_failure(self) -> str | None:
@@ -175,7 +172,10 @@ class Stager:
         link = self._links.get(address)
         self._sequence = (self._sequence + 1) % (1 << 32)
         link.send(fetch_frame(request.layer, request.expert, self._sequence))
-        return receive_mlp(self._answers(request, link), self._config)
+        before = self._bytes_from_peers
+        mlp = receive_mlp(self._answers(request, link), self._config)
+        self._bytes_shared += mlp.nbytes - (self._bytes_from_peers - before)
+        return mlp
 
     def _answers(self, request: _Request, link: Link) -> Iterator[Frame]:
         while True:
@@ -184,8 +184,8 @@ class Stager:
                 raise ValueError(f"answer {frame.sequence} to question {self._sequence}")
             if frame.kind == Kind.ERROR:
                 raise _Refused(bytes(frame.meta[:300]).decode(errors="replace"))
-            if frame.kind != Kind.WEIGHTS:
-                raise ValueError(f"a {frame.kind.name} frame instead of WEIGHTS")
+            if frame.kind not in (Kind.WEIGHTS, Kind.MEMORY):
+                raise ValueError(f"a {frame.kind.name} frame instead of WEIGHTS or MEMORY")
             self._bytes_from_peers += frame.rows.nbytes
             self._check_wanted(request)
             yield frame
@@ -198,7 +198,8 @@ class Stager:
             self._check_wanted(request)
 
         expected = expert_tensors(self._config, request.layer, request.expert)
-        reader = WeightReader(self._checkpoint, expected, note, functools.partial(pack, alone=True))
+        pack_alone = functools.partial(pack, alone=True, is_shared=True)
+        reader = WeightReader(self._checkpoint, expected, note, pack_alone)
         return read_expert(reader, request.layer, request.expert)
 
     def _check_wanted(self, request: _Request) -> None:

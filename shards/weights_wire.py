@@ -1,4 +1,6 @@
-"""How one expert's weights travel from group to group: packed, as kernels want them, a few panels a frame.
+"""How one expert's weights get from group to group: packed, as kernels want them, a few panels a frame.
+
+Within a host they need not travel: a frame has the file by which the other group maps the same memory.
 
 P panels   B bytes of a panel
 """
@@ -37,9 +39,16 @@ def expert_of(frame: Frame) -> int:
     return int.from_bytes(meta, "little", signed=True)
 
 
-def weights_frames(mlp: GatedMlp, layer: int, sequence: int) -> Iterator[Frame]:
-    """Yield the answer to a FETCH: frames of whole panels, in order, that share the weights' memory."""
+def weights_frames(mlp: GatedMlp, layer: int, sequence: int, with_files: bool = False) -> Iterator[Frame]:
+    """Yield the answer to a FETCH: frames of whole panels, in order, that share the weights' memory.
+
+    If `with_files`, a matrix that has a file is one frame with that file instead.
+    """
     for name, weight in (("gate_up", mlp.gate_up), ("down", mlp.down)):
+        if with_files and weight.file:
+            meta = _meta(name, weight.dtype, weight.out_features, weight.in_features, 0)
+            yield Frame(Kind.MEMORY, sequence, layer, meta, file=weight.file)
+            continue
         bytes_PB = _bytes_of(weight)
         num_panels, panel_bytes = bytes_PB.shape
         step = max(1, PIECE_BYTES // panel_bytes)
@@ -53,7 +62,7 @@ def receive_mlp(frames: Iterable[Frame], config: ModelConfig) -> GatedMlp:
     """Assemble the weights of an expert of `config` from what `weights_frames` yields on the other side.
 
     Takes no frame beyond the last that it needs. Raises ValueError for the first frame that does not fit: of
-    other shapes, out of order, or packed by kernels with another layout.
+    other shapes, out of order, or packed by kernels with another layout; OSError if a file can't be mapped.
     """
     frames, hidden, inner = iter(frames), config.hidden_size, config.intermediate_size
     gate_up = _receive(frames, "gate_up", 2 * inner, hidden)
@@ -70,8 +79,13 @@ def _receive(frames: Iterator[Frame], name: str, out_features: int, in_features:
         if memoryview(frame.meta).nbytes > max(map(len, possible)) or bytes(frame.meta) not in possible:
             expected = " or ".join(meta.decode() for meta in possible)
             raise ValueError(f"the weights are {bytes(frame.meta[:300])!r}, but should be {expected}")
+        if frame.file:
+            if weight:
+                raise ValueError(f"a file comes in the middle of {name}")
+            return PackedWeight.mapped(out_features, in_features, possible[bytes(frame.meta)], frame.file)
         if weight is None:  # not sooner: a peer of other kernels costs no memory
-            weight = PackedWeight.empty(out_features, in_features, possible[bytes(frame.meta)])
+            dtype = possible[bytes(frame.meta)]
+            weight = PackedWeight.empty(out_features, in_features, dtype, is_shared=True)
         bytes_PB = _bytes_of(weight)
         num_panels, panel_bytes = bytes_PB.shape
         if frame.dtype != Dtype.UINT8 or not 0 < frame.num_rows <= num_panels - filled:

@@ -1,6 +1,8 @@
 """What an expert group's process holds: slots of weights, and the service that runs rows through them."""
 
+import resource
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +31,7 @@ class ExpertProcess:
     service: ExpertService
     stager: Stager
     fixed_threads: int  # 0: as many as its share of the cores
+    abreast: int  # groups like this one that the host's cores can run at once, with at least a core each
     num_threads: int = 1  # that it computes with now
     num_sharing: int = 1  # groups of the model that this host's cores are for
     _sharing: threading.Lock = field(default_factory=threading.Lock)
@@ -39,6 +42,7 @@ class ExpertProcess:
     ) -> "ExpertProcess":
         """Listen and serve. Raises BrokenCheckpoint."""
         torch.set_num_threads(1)  # what torch does here is too small to share out
+        _allow_files()
         config = ModelConfig.from_checkpoint(checkpoint)
         store = ExpertStore(num_slots)
         weights = Checkpoint(checkpoint)
@@ -48,7 +52,8 @@ class ExpertProcess:
         listener = in_foreground(lambda: listen(secret, name))  # a step may wait for a link
         service = ExpertService(store, listener, config.hidden_size)
         in_foreground(service.start)
-        process = cls(str(listener.address), store, service, stager, num_threads)
+        abreast = max(1, usable_cores() // (num_threads or 1))
+        process = cls(str(listener.address), store, service, stager, num_threads, abreast)
         process.share_cores(1)
         return process
 
@@ -62,6 +67,13 @@ class ExpertProcess:
             # Engines on the same cores wait for this group: it must not spin while it waits for them.
             in_foreground(lambda: set_threads(self.num_threads, spin_us=0))
             self.num_sharing = num_groups
+
+
+def _allow_files() -> None:
+    """Raise the limit of open files as far as the system lets us: shared weights take two for each slot."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # not everywhere may a process have as many as it is allowed
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _connect_to_sibling(address: str, secret: bytes, name: str) -> Link:

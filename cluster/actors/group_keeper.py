@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -19,7 +20,7 @@ from ray.exceptions import (
 
 from cluster.metrics import RouterMetrics
 from router.controller import Controller, Orders
-from router.group_state import GroupState
+from router.group_state import GroupState, StagedBytes
 from router.links.base import Link, LinkLost
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class GroupKeeper:
         self._handles: dict[str, ActorHandle] = {}
         self._news = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._staged_bytes: dict[str, int] = {}
+        self._staged_bytes: dict[str, StagedBytes] = {}  # counted so far
         self._moving_since: float | None = None
 
     @property
@@ -106,7 +107,7 @@ class GroupKeeper:
             if handle := self._handles.pop(name, None):
                 self._kill(handle)
         for name in orders.start:
-            self._staged_bytes[name] = 0
+            self._staged_bytes[name] = StagedBytes()
             self._watch(name, self._start(name))
         for name, stage in orders.stage.items():
             if handle := self._handles.get(name):
@@ -165,9 +166,11 @@ class GroupKeeper:
         if not self._is_kept(name, handle):  # it was given up while its answer was on the way
             return
         # What a group had staged for an earlier router, that one has counted.
-        before = self._staged_bytes.get(name, state.staged_bytes)
-        self._metrics.rebalance_bytes.labels(self._model).inc(max(0, state.staged_bytes - before))
-        self._staged_bytes[name] = max(before, state.staged_bytes)
+        before = asdict(self._staged_bytes.get(name, state.staged_bytes))
+        after = {source: max(number, before[source]) for source, number in asdict(state.staged_bytes).items()}
+        for source, number in after.items():
+            self._metrics.rebalance_bytes.labels(self._model, source).inc(number - before[source])
+        self._staged_bytes[name] = StagedBytes(**after)
         if self.controller.heard(state, time.monotonic()):
             self.wake()
 

@@ -42,6 +42,8 @@ ENGINE_REPORT_TTL_S = 5.0  # an engine that has not reported for this long is no
 
 T = TypeVar("T")
 
+_ExpertGroup = ray.remote(ExpertGroup)  # once: Ray disassembles a class whenever it is given one
+
 
 @ray.remote
 class Router:
@@ -128,7 +130,7 @@ class Router:
         return found
 
     def _start(self, name: str) -> ActorHandle:
-        options = ray.remote(ExpertGroup).options(
+        options = _ExpertGroup.options(
             # A group may take the name of one that is dead, but Ray may not know yet that it is.
             name=f"{self._actor_prefix}{name}/{uuid.uuid4().hex[:8]}",
             namespace=NAMESPACE,

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Protocol
 
+from router.links.open_file import OpenFile
+
 
 class LinkLost(ConnectionError):
     """The peer is gone, or broke the protocol; this link is closed and will not come back."""
@@ -24,6 +26,7 @@ class Kind(IntEnum):
     HELD = 10  # the answer, with the sequence of its COPY; meta: uint32, how many of these are there
     READ = 11  # engine -> shard: asks all ranks to gather KV blocks; meta: uint32 block ids
     WRITE = 12  # engine -> shard; meta: uint32 block ids; what this rank has in them
+    MEMORY = 13  # instead of WEIGHTS, within a host; meta: as there; with the file that has them
 
 
 class Dtype(IntEnum):
@@ -59,6 +62,8 @@ class Frame:
     They are given away with the frame: the link keeps them until they have left, and nobody may write to
     them again.
 
+    A `file` is open on both sides; it goes with a MEMORY frame, and with no other, over a Unix socket.
+
     In a received frame, `meta`, `rows` and `device_rows` lie in the link's own buffer: they are valid until
     the next `receive` on that link, and for all that the receiving thread's current stream then holds.
     """
@@ -71,6 +76,7 @@ class Frame:
     num_rows: int = 0
     rows: memoryview = _NO_ROWS
     device_rows: DeviceRows | None = field(default=None, compare=False)
+    file: OpenFile | None = field(default=None, compare=False)
 
 
 class Link(Protocol):

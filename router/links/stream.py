@@ -1,15 +1,19 @@
 """A link over a socket: Unix within a host, TCP across hosts."""
 
+import array
 import contextlib
 import mmap
 import select
 import socket
 import time
+from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 
 from router.links.address import Address, this_host_id
-from router.links.base import Frame, LinkLost
+from router.links.base import Frame, Kind, LinkLost
 from router.links.handshake import DEADLINE_S, check_identity, greet_as_connector
+from router.links.open_file import OpenFile
 from router.links.wire import HEADER_BYTES, MAX_FRAME_BYTES, Header, decode_body, decode_header, encode
 
 # A host that vanishes sends no end of file: notice within about ten seconds, idle or in the middle of a send.
@@ -20,7 +24,6 @@ _TCP_OPTIONS = (
     ("TCP_KEEPCNT", 3),
     ("TCP_USER_TIMEOUT", 10_000),
 )
-_MAX_PARTS = 1024  # buffers that one sendmsg takes (IOV_MAX)
 
 
 class StreamLink:
@@ -42,10 +45,13 @@ class StreamLink:
         self._peer = peer
         self._send_timeout_s = send_timeout_s  # how long a peer may take nothing at all
         self._max_frame_bytes = max_frame_bytes
-        self._unsent: list[memoryview] = []
+        # Each item is for a system call of its own; a file goes with its first byte.
+        self._unsent: deque[tuple[list[memoryview], OpenFile | None]] = deque()
         self._head = memoryview(bytearray(HEADER_BYTES))
         self._buffer = memoryview(bytearray(4096))  # grows to the largest frame seen
         self._header: Header | None = None  # of the frame whose body is arriving
+        self._awaits_file = False  # with the next byte
+        self._file: OpenFile | None = None  # of the frame whose body is arriving
         self._target = self._head  # what the next bytes fill
         self._filled = 0
 
@@ -59,6 +65,11 @@ class StreamLink:
     @property
     def peer(self) -> str:
         return self._peer
+
+    @property
+    def carries_files(self) -> bool:
+        """Whether MEMORY frames can be sent: only if both sides are on one host, and it is Linux."""
+        return self._sock.family == socket.AF_UNIX and hasattr(socket, "MSG_CMSG_CLOEXEC")
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -90,19 +101,33 @@ class StreamLink:
 
         If not, its meta and rows must stay as they are until `flush` returns True.
         """
-        self._unsent.extend(memoryview(part) for part in encode(frame))
+        parts = [memoryview(part) for part in encode(frame)]
+        if frame.file is None:
+            self._unsent.append((parts, None))
+        elif self.carries_files:
+            self._unsent += ((parts[:1], None), (parts[1:], frame.file))
+        else:
+            raise ValueError("files do not travel between hosts")
         return self.flush()
 
     def flush(self) -> bool:
         """Send what the peer takes now; return whether nothing is left. Raises LinkLost."""
         while self._unsent:
+            parts, file = self._unsent[0]
             try:
-                num_sent = self._sock.sendmsg(self._unsent[:_MAX_PARTS])
+                num_sent = (
+                    self._sock.sendmsg(parts)
+                    if file is None
+                    else socket.send_fds(self._sock, parts, [file.fileno()])
+                )
             except BlockingIOError:
                 return False
             except OSError as error:
                 raise self._lost(str(error)) from error
-            self._unsent = _behind(self._unsent, num_sent)
+            if rest := _behind(parts, num_sent):
+                self._unsent[0] = rest, None
+            else:
+                self._unsent.popleft()
         return True
 
     def poll(self) -> Frame | None:
@@ -115,17 +140,21 @@ class StreamLink:
             except LinkLost as error:
                 raise self._lost(str(error)) from None
             self._target = self._room_for(self._header)
+            if self._header.kind == Kind.MEMORY:
+                if not self.carries_files:
+                    raise self._lost("protocol: a MEMORY frame, but no file can come with it")
+                self._awaits_file = True
         if not self._fill():
             return None
-        frame = decode_body(self._header, self._target)
-        self._header, self._target = None, self._head
+        frame = decode_body(self._header, self._target, self._file)
+        self._header, self._target, self._file = None, self._head, None
         return frame
 
     def _fill(self) -> bool:
         """Receive into the target; return whether it is full, and if so start over."""
         while self._filled < self._target.nbytes:
             try:
-                num_received = self._sock.recv_into(self._target[self._filled :])
+                num_received = self._receive_into(self._target[self._filled :])
             except BlockingIOError:
                 return False
             except OSError as error:
@@ -135,6 +164,20 @@ class StreamLink:
             self._filled += num_received
         self._filled = 0
         return True
+
+    def _receive_into(self, target: memoryview) -> int:
+        """Receive some bytes; and the file, if one should come with the first of them."""
+        if not self._awaits_file:
+            return self._sock.recv_into(target)
+        room = socket.CMSG_LEN(array.array("i").itemsize)
+        num_received, ancillary, flags, _ = self._sock.recvmsg_into([target], room, socket.MSG_CMSG_CLOEXEC)
+        if num_received:
+            self._file, self._awaits_file = _file_in(ancillary), False
+            if self._file is None:
+                is_cut = flags & socket.MSG_CTRUNC
+                why = "no descriptor is free here for its file" if is_cut else "it came without its file"
+                raise self._lost(f"protocol: a MEMORY frame: {why}")
+        return num_received
 
     def _room_for(self, header: Header) -> memoryview:
         start = -header.meta_bytes % 64  # so that the rows behind the meta lie as aligned as the buffer
@@ -195,6 +238,14 @@ def _connected_socket(address: Address, timeout_s: float) -> socket.socket:
         return sock
     except OSError as error:
         raise LinkLost(f"no listener at {address}: {error}") from error
+
+
+def _file_in(ancillary: Iterable[tuple[int, int, bytes]]) -> OpenFile | None:
+    """Return the file of a received control message, which had room for one descriptor."""
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            return OpenFile(array.array("i", data)[0])
+    return None
 
 
 def _behind(parts: list[memoryview], num_bytes: int) -> list[memoryview]:

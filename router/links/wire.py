@@ -4,11 +4,12 @@ import struct
 from typing import NamedTuple
 
 from router.links.base import Dtype, Frame, Kind, LinkLost
+from router.links.open_file import OpenFile
 
 # Little-endian: magic, version, kind, dtype, layer, sequence, num_rows, row_bytes, meta_bytes.
 _HEADER = struct.Struct("<4sHBB5I")
 _MAGIC = b"TWND"
-VERSION = 2  # of the frames and of the handshake: peers of different versions refuse each other
+VERSION = 3  # of the frames and of the handshake: peers of different versions refuse each other
 HEADER_BYTES = _HEADER.size
 MAX_FRAME_BYTES = 1 << 30  # of meta and rows together; a receiver allocates no more than this for a frame
 
@@ -34,8 +35,15 @@ class Header(NamedTuple):
 def encode(frame: Frame) -> list[bytes | memoryview]:
     """Return the buffers that make up the frame on the wire: header, meta, rows, without copying the rows.
 
-    Raises ValueError for a frame that a peer would refuse, and for rows that a socket can't carry.
+    A file is not among them: it goes with the first byte of the meta. Raises ValueError for a frame that a
+    peer would refuse, and for rows that a socket can't carry.
     """
+    if (frame.kind == Kind.MEMORY) != (frame.file is not None):
+        raise ValueError(
+            f"a file goes with each MEMORY frame and no other, not with a {frame.kind.name} frame"
+        )
+    if frame.file and not memoryview(frame.meta).nbytes:
+        raise ValueError("a MEMORY frame needs meta, which its file goes with")
     if frame.device_rows is not None:
         raise ValueError(
             "device_rows do not travel on a socket; use an NcclLink, or move them to host memory"
@@ -81,6 +89,8 @@ def decode_header(data: bytes | memoryview, max_frame_bytes: int = MAX_FRAME_BYT
         raise LinkLost(f"protocol: {error}") from None
     if problem := _row_problem(header.dtype, header.num_rows, header.row_bytes):
         raise LinkLost(f"protocol: {problem}")
+    if header.kind == Kind.MEMORY and not header.meta_bytes:
+        raise LinkLost("protocol: a MEMORY frame without meta, which its file would go with")
     if header.body_bytes > max_frame_bytes:
         raise LinkLost(
             f"protocol: a frame of {header.body_bytes} bytes; this link takes at most {max_frame_bytes}"
@@ -88,7 +98,7 @@ def decode_header(data: bytes | memoryview, max_frame_bytes: int = MAX_FRAME_BYT
     return header
 
 
-def decode_body(header: Header, body: memoryview) -> Frame:
+def decode_body(header: Header, body: memoryview, file: OpenFile | None = None) -> Frame:
     """Return the frame of a header and its `body_bytes` bytes; meta and rows are views of `body`."""
     return Frame(
         header.kind,
@@ -98,6 +108,7 @@ def decode_body(header: Header, body: memoryview) -> Frame:
         header.dtype,
         header.num_rows,
         body[header.meta_bytes : header.body_bytes],
+        file=file,
     )
 
 

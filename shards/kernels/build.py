@@ -18,6 +18,7 @@ SOURCES = (
     "attention.cpp",
     "elementwise.cpp",
     "threads.cpp",
+    "shared_pages.cpp",
 )
 HEADERS = ("product.h", "silu.h", "simd.h", "spans.h", "threads.h")
 COMPILERS = ("g++", "clang++")

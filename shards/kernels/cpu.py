@@ -12,12 +12,14 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shards.kernels import huge_pages
+from router.links.open_file import OpenFile
+from shards.kernels import huge_pages, shared_pages
 from shards.kernels.library import CSpans, library
 from shards.kv_cache import BLOCK_SIZE
 
@@ -33,12 +35,30 @@ class PackedWeight:
     data: Tensor  # [panels, K, 32]; in bf16, columns n and n + 16 of a panel lie side by side
     out_features: int
     in_features: int
+    file: OpenFile | None = None  # by which other processes of this host can map `data`
 
     @classmethod
-    def empty(cls, out_features: int, in_features: int, dtype: torch.dtype) -> "PackedWeight":
-        """Reserve the memory of a bf16 or fp32 weight; what it holds is not defined."""
-        data = huge_pages.empty((-(-out_features // PANEL), in_features, PANEL), dtype)
-        return cls(data, out_features, in_features)
+    def empty(
+        cls, out_features: int, in_features: int, dtype: torch.dtype, is_shared: bool = False
+    ) -> "PackedWeight":
+        """Reserve the memory of a bf16 or fp32 weight; what it holds is not defined.
+
+        If `is_shared`, in memory that other processes can map, where the system has it.
+        """
+        shape = _packed_shape(out_features, in_features)
+        if is_shared and (shared := shared_pages.create(prod(shape) * dtype.itemsize)):
+            data, file = shared
+            return cls(data.view(dtype).view(*shape), out_features, in_features, file)
+        return cls(huge_pages.empty(shape, dtype), out_features, in_features)
+
+    @classmethod
+    def mapped(
+        cls, out_features: int, in_features: int, dtype: torch.dtype, file: OpenFile
+    ) -> "PackedWeight":
+        """Map a weight that another process has packed. Raises as `shared_pages.adopt` does."""
+        shape = _packed_shape(out_features, in_features)
+        data = shared_pages.adopt(file, prod(shape) * dtype.itemsize).view(dtype).view(*shape)
+        return cls(data, out_features, in_features, None if shared_pages.is_scarce(file) else file)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -103,14 +123,15 @@ def set_threads(num_threads: int, spin_us: int) -> None:
     library().tw_set_threads(num_threads, spin_us)
 
 
-def pack(weight_NK: Tensor, alone: bool = False) -> PackedWeight:
+def pack(weight_NK: Tensor, alone: bool = False, is_shared: bool = False) -> PackedWeight:
     """Copy a weight into panels of 32 columns, padded with zeros: bf16 and fp32 stay, fp16 becomes fp32.
 
-    If `alone`, on the calling thread, beside other calls rather than in turn: nobody waits for it.
+    If `alone`, on the calling thread, beside other calls rather than in turn: nobody waits for it. If
+    `is_shared`, for other processes to map, too.
     """
     dtype = torch.bfloat16 if weight_NK.dtype == torch.bfloat16 else torch.float32
     weight_NK = weight_NK.to(dtype).contiguous()
-    packed = PackedWeight.empty(weight_NK.size(0), weight_NK.size(1), dtype)
+    packed = PackedWeight.empty(weight_NK.size(0), weight_NK.size(1), dtype, is_shared)
     library().tw_pack(
         weight_NK.data_ptr(),
         dtype.itemsize,
@@ -261,6 +282,10 @@ def attention(
     )
     _check_blocks(bad_chunk, spans, num_blocks)
     return out_TX
+
+
+def _packed_shape(out_features: int, in_features: int) -> tuple[int, int, int]:
+    return -(-out_features // PANEL), in_features, PANEL
 
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> None:

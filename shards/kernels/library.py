@@ -23,7 +23,7 @@ class CSpans(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL:
     """Load the kernels, compiled first if need be; see `build.library_path` for what that raises."""
-    loaded = ctypes.CDLL(str(build.library_path()))
+    loaded = ctypes.CDLL(str(build.library_path()), use_errno=True)
     spans = ctypes.POINTER(CSpans)
     shapes = [INT64] * 4  # num_blocks, num_heads, num_kv_heads, head_dim
     signatures = {
@@ -34,6 +34,8 @@ def library() -> ctypes.CDLL:
         "tw_gated_mlps": (None, [POINTER, INT64, POINTER, INT64, INT64, POINTER]),
         "tw_rope_and_cache": (INT64, [POINTER, spans, *[POINTER] * 4, *shapes, POINTER]),
         "tw_attention": (INT64, [POINTER, spans, *[POINTER] * 2, *shapes, FLOAT, INT64, POINTER]),
+        "tw_map_shared": (POINTER, [ctypes.c_int, INT64, ctypes.c_int]),
+        "tw_unmap": (None, [POINTER, INT64]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(loaded, name)

@@ -24,6 +24,11 @@ class GatedMlp:
     def read(cls, reader: WeightReader, gate: str, up: str, down: str) -> "GatedMlp":
         return cls(reader.packed(f"{gate}.weight", f"{up}.weight"), reader.packed(f"{down}.weight"))
 
+    @property
+    def nbytes(self) -> int:
+        """Of the packed weights."""
+        return self.gate_up.data.nbytes + self.down.data.nbytes
+
     def __call__(self, x_TD: Tensor) -> Tensor:
         """Compute each row on its own."""
         out_TD = torch.empty_like(x_TD)

@@ -60,7 +60,6 @@ class SimulatedGroup:
             self.num_slots,
             frozenset(self.held),
             frozenset(self.queue),
-            staged_bytes=0,
             busy_s=self.busy_s,
             wish=self.wish,
             is_leaving=self.is_leaving,

@@ -9,11 +9,17 @@ from router.moves import MAX_STAGING, StageOrder, published, stage_orders
 A, B, C = (0, 0), (0, 1), (0, 2)  # three experts of a layer
 
 
-def member(name: str, held: Iterable[Slot] = (), staging: Iterable[Slot] = (), num_slots: int = 8) -> Member:
+def member(
+    name: str, held: Iterable[Slot] = (), staging: Iterable[Slot] = (), num_slots: int = 8, host: str = "host"
+) -> Member:
     state = GroupState(
-        name, f"address of {name}", num_slots, frozenset(held), frozenset(staging), 0, 0.0, Wish(0, 2)
+        name, address_of(name, host), num_slots, frozenset(held), frozenset(staging), 0.0, Wish(0, 2)
     )
     return Member(name, heard_at=0.0, state=state)
+
+
+def address_of(name: str, host: str = "host") -> str:
+    return f"{host}@127.0.0.1:1/{name}"
 
 
 def target(**slots: Iterable[Slot]) -> dict[str, frozenset[Slot]]:
@@ -47,7 +53,7 @@ def test_what_should_be_nowhere_is_asked_for_where_it_is():
 def test_what_is_held_comes_from_its_holder_and_the_rest_from_the_checkpoint():
     holder, taker = member("holder", [A]), member("taker")
     orders = stage_orders([holder, taker], target(holder=[A], taker=[A, B]), now_s=0)
-    assert orders == {"taker": (StageOrder(*B, None), StageOrder(*A, "address of holder"))}
+    assert orders == {"taker": (StageOrder(*B, None), StageOrder(*A, address_of("holder")))}
 
 
 def test_an_expert_that_nobody_holds_is_read_by_one_group_at_a_time():
@@ -61,7 +67,17 @@ def test_holders_share_the_work_of_giving():
     holders = [member("a", [A, B]), member("b", [A, B])]
     wanted = target(a=[A, B], b=[A, B], c=[A, B])
     orders = stage_orders([*holders, member("c")], wanted, now_s=0)
-    assert {order.peer for order in orders["c"]} == {"address of a", "address of b"}
+    assert {order.peer for order in orders["c"]} == {address_of("a"), address_of("b")}
+
+
+def test_a_holder_on_the_same_host_gives_before_all_others():
+    holders = [
+        member("far", [A, B], host="far"),
+        member("near", [A, B]),
+        member("further", [A], host="further"),
+    ]
+    orders = stage_orders([*holders, member("taker")], target(taker=[A, B]), now_s=0)
+    assert {order.peer for order in orders["taker"]} == {address_of("near")}
 
 
 def test_what_is_held_elsewhere_leaves_the_last_slot_free():

@@ -16,8 +16,16 @@ ROWS = st.dictionaries(st.integers(0, NUM_EXPERTS), st.integers(0, 300)).map(dic
 @st.composite
 def placements(draw: st.DrawFn) -> Placement:
     slots_of_group = draw(st.lists(SLOTS, max_size=4))
-    groups = [Group(f"g{i}", f"address {i}", tuple(slots)) for i, slots in enumerate(slots_of_group)]
+    hosts, abreast = st.sampled_from("ab"), st.sampled_from([None, 1, 2])
+    groups = [
+        Group(f"g{i}", address_on(draw(hosts)), tuple(slots), draw(abreast))
+        for i, slots in enumerate(slots_of_group)
+    ]
     return Placement(draw(st.integers(0, 9)), tuple(groups))
+
+
+def address_on(host: str) -> str:
+    return f"{host}@127.0.0.1:1/socket"
 
 
 def placement_of(*experts_of_group: tuple[int, ...]) -> Placement:
@@ -51,6 +59,52 @@ def test_an_expert_is_divided_only_into_parts_that_are_worth_reading_its_weights
     shares = placement.share_out(1, rows, turn)
     parts = Counter(share.expert for share in shares)
     assert all(share.num_rows >= VISIT_ROWS for share in shares if parts[share.expert] > 1)
+
+
+def crowded(*experts_of_group: tuple[int, ...], abreast: int | None = 2, num_layers: int = 1) -> Placement:
+    """Return a placement of groups on one host, which have the same experts of each layer."""
+    groups = (
+        Group(
+            f"g{i}",
+            address_on("host"),
+            tuple((layer, e) for layer in range(num_layers) for e in its),
+            abreast,
+        )
+        for i, its in enumerate(experts_of_group)
+    )
+    return Placement(1, tuple(groups))
+
+
+def asked(placement: Placement, num_rows: int = 1, layer: int = 0, turn: int = 0) -> set[int]:
+    """Return the groups that get rows if four experts have some."""
+    shares = placement.share_out(layer, [(expert, num_rows) for expert in range(4)], turn)
+    return {share.group for share in shares}
+
+
+@pytest.mark.parametrize("num_rows", [1, 300])
+def test_no_more_groups_of_a_host_are_asked_than_it_can_run_at_once(num_rows: int):
+    placement = crowded(*[(0, 1, 2, 3)] * 4, num_layers=4)
+    asked_L = [asked(placement, num_rows, layer) for layer in range(4)]
+    assert {len(groups) for groups in asked_L} == {2}
+    assert Counter(group for groups in asked_L for group in groups) == dict.fromkeys(range(4), 2), "in turn"
+
+
+def test_all_engines_ask_the_same_groups():
+    placement = crowded(*[(0, 1, 2, 3)] * 4)
+    turns = [asked(placement, turn=turn) for turn in range(4)]
+    assert turns == [turns[0]] * 4
+
+
+def test_groups_that_need_no_cores_are_all_asked():
+    assert asked(crowded(*[(0, 1, 2, 3)] * 4, abreast=None)) == {0, 1, 2, 3}
+
+
+def test_hosts_are_crowded_each_for_itself():
+    slots = tuple((0, expert) for expert in range(4))
+    groups = asked(
+        Placement(1, tuple(Group(f"g{i}", address_on(host), slots, 1) for i, host in enumerate("aaab")))
+    )
+    assert len(groups & {0, 1, 2}) == len(groups & {3}) == 1
 
 
 def test_a_hot_expert_is_divided_evenly_among_its_replicas():

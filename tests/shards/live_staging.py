@@ -92,10 +92,10 @@ class Staging:
 
 
 class Peer:
-    """A group that serves some experts."""
+    """A group that serves some experts: those of a store, or loaded ones, which nobody can map."""
 
-    def __init__(self, model: TinyModel, experts: tuple[tuple[int, int], ...], directory: Path) -> None:
-        self.store = loaded(model, experts)
+    def __init__(self, model: TinyModel, store: ExpertStore, directory: Path) -> None:
+        self.store = store
         self._listener = Listener(SECRET, "peer", directory, "127.0.0.1")
         self.service = ExpertService(self.store, self._listener, model.config.hidden_size)
         self.service.start()
@@ -153,8 +153,8 @@ def make(bf16_model: TinyModel) -> Iterator[Callable[..., Staging]]:
 def peer_of(tmp_path: Path) -> Iterator[Callable[..., Peer]]:
     made: list[Peer] = []
 
-    def peer(model: TinyModel, experts=ALL) -> Peer:
-        made.append(Peer(model, experts, tmp_path))
+    def peer(model: TinyModel, experts=ALL, store: ExpertStore | None = None) -> Peer:
+        made.append(Peer(model, store or loaded(model, experts), tmp_path))
         return made[-1]
 
     yield peer

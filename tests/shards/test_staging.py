@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from router.group_state import StagedBytes
 from router.links.address import Address
 from router.links.base import Kind
 from router.links.rows import frame_of, rows_of
@@ -39,7 +40,7 @@ def test_experts_staged_from_the_checkpoint_compute_bitwise_what_loaded_ones_do(
     expected = sum(
         tensor.num_bytes for name, tensor in model.checkpoint.tensors.items() if ".experts." in name
     )
-    assert (staging.stager.bytes_from_checkpoint, staging.stager.bytes_from_peers) == (expected, 0)
+    assert staging.stager.staged_bytes == StagedBytes(checkpoint=expected)
     assert staging.stager.last_failure is None
 
 
@@ -48,10 +49,7 @@ def test_experts_staged_from_a_peer_compute_bitwise_the_same_and_no_file_is_read
     staging.stage_all(*ALL, address=peer.address)
     assert_bitwise(staging.store, model)
     assert not staging.checkpoint.asked
-    assert staging.stager.bytes_from_checkpoint == 0
-    assert staging.stager.bytes_from_peers == sum(
-        weight.data.nbytes for key in ALL for weight in vars(staging.store.get(*key)).values()
-    )
+    assert staging.stager.staged_bytes == StagedBytes(peer=sum(staging.store.get(*key).nbytes for key in ALL))
 
 
 def test_one_link_serves_all_there_is_to_do_and_is_closed_behind_it(make, peer_of, bf16_model):

@@ -11,25 +11,29 @@ from router.links.wire import MAX_FRAME_BYTES, decode_body, decode_header, encod
 from shards import weights_wire
 from shards.config import ModelConfig
 from shards.expert_store import ExpertStore
+from shards.kernels import shared_pages
 from shards.kernels.cpu import pack
 from shards.layers.mlp import GatedMlp
 from shards.weights_wire import expert_of, fetch_frame, receive_mlp, weights_frames
+from tests.shards.kernels.shared import needs_sharing
 
 CONFIG = ModelConfig("MixtralForCausalLM", 97, 80, 2, 5, 1, 16, 1700, 128, 1e4, 1e-5, False)
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut small experts into several frames, too."""
+    """Cut small experts into several frames, and share small matrices, too."""
     monkeypatch.setattr(weights_wire, "PIECE_BYTES", 1 << 18)
+    monkeypatch.setattr(shared_pages, "MIN_BYTES", 0)
 
 
-def expert(dtype: torch.dtype = torch.bfloat16) -> GatedMlp:
+def expert(dtype: torch.dtype = torch.bfloat16, is_shared: bool = False) -> GatedMlp:
     """Return weights of several frames, whose last panel of `gate_up` and of `down` is not full."""
     generator = torch.Generator().manual_seed(0)
     hidden, inner = CONFIG.hidden_size, CONFIG.intermediate_size
     gate_up = torch.randn(2 * inner, hidden, generator=generator).to(dtype)
-    return GatedMlp(pack(gate_up), pack(torch.randn(hidden, inner, generator=generator).to(dtype)))
+    down = torch.randn(hidden, inner, generator=generator).to(dtype)
+    return GatedMlp(pack(gate_up, is_shared=is_shared), pack(down, is_shared=is_shared))
 
 
 def travelled(frames: Iterator[Frame]) -> Iterator[Frame]:
@@ -84,6 +88,43 @@ def test_rows_are_the_memory_of_the_weights():
     first = next(weights_frames(mlp, 0, 0))
     mlp.gate_up.data.view(-1)[0] = 17
     assert torch.frombuffer(first.rows, dtype=torch.bfloat16)[0] == 17
+
+
+@needs_sharing
+def test_within_a_host_a_file_comes_for_each_matrix_and_nothing_is_copied():
+    mlp = expert(is_shared=True)
+    frames = list(weights_frames(mlp, 4, 6, with_files=True))
+    assert [(frame.kind, frame.layer, frame.sequence) for frame in frames] == [(Kind.MEMORY, 4, 6)] * 2
+    got = receive_mlp(frames, CONFIG)
+    assert (got.gate_up.file, got.down.file) == (mlp.gate_up.file, mlp.down.file)
+    mlp.down.data.view(-1)[0] = 17
+    assert torch.equal(got.down.data, mlp.down.data)
+    assert torch.equal(got.gate_up.data, mlp.gate_up.data)
+
+
+@needs_sharing
+def test_between_hosts_bytes_come_and_can_be_shared_where_they_arrive():
+    mlp = expert(is_shared=True)
+    got = receive_mlp(travelled(weights_frames(mlp, 0, 0)), CONFIG)
+    assert torch.equal(got.down.data, mlp.down.data)
+    assert got.gate_up.file
+    assert got.gate_up.file is not mlp.gate_up.file
+
+
+@needs_sharing
+@pytest.mark.parametrize("config", [replace(CONFIG, hidden_size=96), replace(CONFIG, intermediate_size=1699)])
+def test_a_file_of_other_shapes_is_refused(config: ModelConfig):
+    with pytest.raises(ValueError, match=r"the weights are b'.*in_features.*, but should be .*in_features"):
+        receive_mlp(weights_frames(expert(is_shared=True), 0, 0, with_files=True), config)
+
+
+@needs_sharing
+def test_a_file_in_the_middle_of_a_matrix_is_refused():
+    frames = list(weights_frames(expert(is_shared=True), 0, 0))
+    _, end = weights_frames(expert(is_shared=True), 0, 0, with_files=True)
+    in_the_middle = replace(end, meta=frames[1].meta)
+    with pytest.raises(ValueError, match="a file comes in the middle of gate_up"):
+        receive_mlp([frames[0], in_the_middle], CONFIG)
 
 
 def test_nothing_is_taken_behind_the_last_frame_of_an_expert():

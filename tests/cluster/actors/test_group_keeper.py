@@ -22,7 +22,7 @@ from cluster.actors.group_keeper import GroupKeeper
 from cluster.metrics import RouterMetrics
 from router.controller import Controller
 from router.epochs import Epochs
-from router.group_state import GroupState, Slot, Wish
+from router.group_state import GroupState, Slot, StagedBytes, Wish
 from router.links.address import Address
 from router.links.base import Link
 from router.links.listener import Listener
@@ -35,6 +35,7 @@ pytestmark = pytest.mark.timeout(60)
 
 SECRET = b"one cluster's secret"
 EXPERT_BYTES = 100
+BYTES, FROM_PEERS = "tradewind_rebalance_bytes_total", {"model": "m", "source": "peer"}
 
 
 class Call:
@@ -118,9 +119,9 @@ class Group:
             num_slots=10,
             held=frozenset(self.held),
             staging=frozenset(),
-            staged_bytes=self.num_staged * EXPERT_BYTES,
             busy_s=0.0,
             wish=self.wish,
+            staged_bytes=StagedBytes(peer=self.num_staged * EXPERT_BYTES),
             num_sharing=self.num_sharing,
         )
 
@@ -310,7 +311,7 @@ def test_what_a_group_staged_for_an_earlier_router_is_not_counted_again(tmp_path
         async with running(tmp_path, *found) as cluster:
             await cluster.settled()
             assert found[1].num_staged == 8
-            assert cluster.registry.get_sample_value("tradewind_rebalance_bytes_total", {"model": "m"}) == 800
+            assert cluster.registry.get_sample_value(BYTES, FROM_PEERS) == 800
 
     asyncio.run(run())
 
@@ -335,9 +336,8 @@ def test_staged_bytes_are_counted_also_over_a_replacement(tmp_path: Path):
             await cluster.settled()
             staged = sum(group.num_staged for group in cluster.groups)
             assert staged == 3 * 8
-            name = "tradewind_rebalance_bytes_total"
             await cluster.until(
-                lambda: cluster.registry.get_sample_value(name, {"model": "m"}) == staged * EXPERT_BYTES,
+                lambda: cluster.registry.get_sample_value(BYTES, FROM_PEERS) == staged * EXPERT_BYTES,
                 f"a count of {staged * EXPERT_BYTES} bytes",
             )
 

@@ -14,10 +14,11 @@ from router.links.base import Frame, Kind, LinkLost
 from router.links.handshake import greet_as_connector
 from router.links.listener import Listener
 from router.links.stream import StreamLink, connect
-from router.links.wire import encode
+from router.links.wire import VERSION, encode
 from tests.router.links import hostile_bytes
 
 SECRET = b"one cluster's secret"
+HELLO = b"TWHS" + VERSION.to_bytes(2, "little")
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def test_a_stranger_is_refused_and_logged_and_disturbs_nobody(listener, bystande
 def test_a_peer_that_sends_frames_before_its_proof_is_refused(listener, bystander, caplog):
     with raw_connection(listener) as stranger:
         stranger.recv(38)
-        hello = b"TWHS" + b"\x02\x00" + bytes(32) + b"\x07" + b"mallory"
+        hello = HELLO + bytes(32) + b"\x07" + b"mallory"
         stranger.sendall(hello + hostile_bytes.TEN_GIGABYTES + bytes(100))
         wait_for_log(caplog, "'mallory' does not know this cluster's secret")
     bystander()
@@ -165,5 +166,5 @@ def test_good_frames_are_all_taken():
 def test_no_random_handshake_is_believed(seed: int):
     rng = random.Random(seed)
     for _ in range(100):
-        start = rng.choice([b"", b"TWHS\x02\x00", b"TWHS\x02\x00" + bytes(32) + b"\x05hello"])
+        start = rng.choice([b"", HELLO, HELLO + bytes(32) + b"\x05hello"])
         hostile_bytes.feed_handshake(start + rng.randbytes(rng.randrange(200)))

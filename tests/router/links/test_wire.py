@@ -1,5 +1,6 @@
 """The frame codec, alone."""
 
+import os
 import struct
 import tracemalloc
 
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.links.base import Dtype, Frame, Kind, LinkLost
+from router.links.open_file import OpenFile
 from router.links.wire import HEADER_BYTES, MAX_FRAME_BYTES, VERSION, decode_body, decode_header, encode
 
 UINT32 = st.integers(0, 2**32 - 1)
@@ -21,7 +23,10 @@ def frames(draw: st.DrawFn) -> Frame:
     row_bytes = dtype.element_bytes * draw(st.integers(0, 9)) * num_rows
     rows = draw(st.binary(min_size=row_bytes, max_size=row_bytes))
     kind, meta = draw(st.sampled_from(Kind)), draw(st.binary(max_size=50))
-    return Frame(kind, draw(UINT32), draw(UINT32), meta, dtype, num_rows, memoryview(rows))
+    file = None
+    if kind == Kind.MEMORY:
+        file, meta = OpenFile(os.open(os.devnull, os.O_RDONLY)), meta or b"x"
+    return Frame(kind, draw(UINT32), draw(UINT32), meta, dtype, num_rows, memoryview(rows), file=file)
 
 
 def decoded(data: bytes) -> Frame:
@@ -100,6 +105,9 @@ def test_rows_that_do_not_hold_whole_elements_are_refused(num_rows: int, row_byt
         Frame(Kind.ROWS, sequence=2**32),
         Frame(Kind.ROWS, layer=-1),
         Frame(Kind.ROWS, dtype=Dtype.FLOAT32, num_rows=1, device_rows=np.zeros(1)),
+        Frame(Kind.MEMORY, meta=b"without a file"),
+        Frame(Kind.MEMORY, file=OpenFile(os.open(os.devnull, os.O_RDONLY))),
+        Frame(Kind.WEIGHTS, meta=b"with one", file=OpenFile(os.open(os.devnull, os.O_RDONLY))),
     ],
 )
 def test_a_frame_that_a_peer_would_refuse_is_not_encoded(frame: Frame):
