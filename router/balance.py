@@ -84,7 +84,9 @@ def balance(
             # A local search may be stuck where it began. From nothing it may get further, and that is then
             # worth the copies.
             empty_GE = np.zeros_like(wanted_GE)
-            fresh_GE, is_balanced = _balance_layer(load_LE[layer], empty_GE, slots_G, dealt, goal)
+            fresh_GE, _ = _balance_layer(load_LE[layer], empty_GE, slots_G, dealt, goal)
+            fresh_GE = _with_idle(fresh_GE, held_GLE[:, layer], slots_G)
+            fresh_GE, is_balanced = _balance_layer(load_LE[layer], fresh_GE, slots_G, dealt, goal)
             wanted_GE = fresh_GE if is_balanced else wanted_GE
         wanted_GLE[:, layer] = wanted_GE
     return wanted_GLE
@@ -105,6 +107,16 @@ def _balance_layer(
         if np.array_equal(wanted_GE, held_GE):
             return wanted_GE, search.is_balanced
         held_GE = wanted_GE
+
+
+def _with_idle(
+    wanted_GE: NDArray[np.bool_], held_GE: NDArray[np.bool_], slots_G: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Return what is wanted, and of what is held as much as has room after all."""
+    idle_GE = held_GE & ~wanted_GE
+    room_G = slots_G - wanted_GE.sum(axis=1)
+    has_room_GE: NDArray[np.bool_] = idle_GE.cumsum(axis=1) <= room_G[:, None]
+    return wanted_GE | idle_GE & has_room_GE
 
 
 def _check(load_LE: NDArray[np.float64], held_GLE: NDArray[np.bool_], slots_G: NDArray[np.int64]) -> None:
@@ -191,10 +203,8 @@ class _Search:
                 self._split = covered
         wanted_GE = np.zeros_like(self._held_GE)
         for group, share in enumerate(self._split.share_G):
-            # What is held may stay where there is room after all.
-            idle = sorted(self._held_G[group] - share.keys())[: self._slots_G[group] - len(share)]
-            wanted_GE[group, [*share, *idle]] = True
-        return wanted_GE
+            wanted_GE[group, [*share]] = True
+        return _with_idle(wanted_GE, self._held_GE, np.array(self._slots_G))
 
     def _improve(self) -> None:
         """Take rows off overloaded groups until there are none, or until that is not worth the copies."""

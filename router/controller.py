@@ -157,12 +157,11 @@ class Controller:
         groups = self._members.by_standing(now_s)
         live, draining = groups[Standing.LIVE], groups[Standing.DRAINING]
         missing = {m.name: len(self._target.get(m.name, frozenset()) - m.held) for m in live}
-        held = frozenset[Slot]().union(*(m.held for m in live + draining))
         return Progress(
             self.wish.num_groups,
             {standing.value: len(its) for standing, its in groups.items()},
             sum(missing.values()),
-            self._policy.num_layers * self._policy.num_experts - len(held),
+            self._num_lost(live + draining),
             self._imbalance,
             self._planned_for == _names(live, groups[Standing.SUSPECT]),
             next((m.state.failure for m in live if m.state and m.state.failure and missing[m.name]), None),
@@ -171,7 +170,10 @@ class Controller:
     def _fit_number(
         self, groups: Mapping[Standing, list[Member]], now_s: float
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Start groups if there are too few, drain the youngest if too many; return whom to start and end."""
+        """Start groups if there are too few, drain the youngest if too many; return whom to start and end.
+
+        While every expert can be asked for, hosts that serve are spared: each has one start at a time.
+        """
         staying = [m for its in groups.values() for m in its if not m.is_draining]
         surplus = len(staying) - self.wish.num_groups
         if any(member.is_found for member in groups[Standing.STARTING]):
@@ -182,12 +184,21 @@ class Controller:
             groups[Standing.LIVE].remove(member)
             groups[Standing.DRAINING].append(member)
         num_starts = max(-surplus, 0) if self._count.may_start(now_s) else 0
+        active = groups[Standing.LIVE] + groups[Standing.DRAINING]
+        if self.epoch and not self._num_lost(active):
+            num_hosts = len({member.host for member in active})
+            num_starts = min(num_starts, max(num_hosts - len(groups[Standing.STARTING]), 0))
         # Numbers are used again, so that metrics of groups that come and go stay few.
         free_names = (name for i in count() if (name := f"{self._prefix}{i}") not in self._members.names())
         start = tuple(islice(free_names, num_starts))
         for name in start:
             self._members.started(name, now_s)
         return start, tuple(abandoned)
+
+    def _num_lost(self, active: list[Member]) -> int:
+        """Return how many experts none of these groups holds."""
+        held = frozenset[Slot]().union(*(member.held for member in active))
+        return self._policy.num_layers * self._policy.num_experts - len(held)
 
     def _plan(self, groups: Mapping[Standing, list[Member]], now_s: float) -> None:
         """Decide anew what each group should hold, if something has changed."""

@@ -4,7 +4,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from bench.greedy_policy import greedy_policy, relabelled
@@ -140,7 +140,16 @@ def test_balancing_a_result_again_changes_nothing(cluster, min_replicas):
     assert cells(once_GLE != twice_GLE) == []
 
 
+def held_by_one(group: int, layer: int, expert: int):
+    """Return a cluster that is balanced from nothing, because the search gets stuck at what is held."""
+    load_LE = np.array([[0, 0, 0, 0, 0, 0], [0, 0, 0, 5, 0, 1]], float)
+    held_GLE = np.zeros((4, *load_LE.shape), bool)
+    held_GLE[group, layer, expert] = True
+    return load_LE, held_GLE, np.array([1, 3, 1, 5])
+
+
 @ANY_SPEED
+@example(held_by_one(3, 1, 4), 1)
 @given(clusters(), st.integers(1, 2))
 def test_what_is_held_stays_unless_its_slot_is_taken(cluster, min_replicas):
     load_LE, held_GLE, slots_G = cluster

@@ -1,5 +1,7 @@
 """Scaling by command and by load, and drains, as the router decides them, in virtual time."""
 
+from itertools import cycle
+
 import pytest
 
 from router.autoscale import AutoscalePolicy
@@ -13,6 +15,32 @@ def test_scaling_up_and_down_ends_with_the_wished_number_and_all_replicas():
         fleet.settle()
         assert len(fleet.groups) == num_groups
         assert all(number >= 2 for number in replicas(fleet).values())
+
+
+def starts_at_once(fleet: Fleet) -> int:
+    """Let the fleet settle; return how many groups were starting at the same time, at most."""
+    most = 0
+    while not fleet.controller.progress(fleet.now_s).is_settled:
+        fleet.step()
+        most = max(most, fleet.controller.progress(fleet.now_s).groups["starting"])
+    return most
+
+
+@pytest.mark.parametrize("hosts", [["a"], ["a", "b"]])
+def test_while_every_expert_is_there_groups_start_one_after_another_on_each_host(hosts: list[str]):
+    fleet = Fleet()
+    fleet.hosts = cycle(hosts)
+    fleet.settle()
+    fleet.controller.scale(4)
+    assert starts_at_once(fleet) == len(hosts)
+
+
+def test_groups_start_at_once_when_an_expert_is_missing():
+    fleet = settled_fleet(num_groups=3)
+    for name in list(fleet.groups):
+        fleet.kill(name)
+    fleet.step()
+    assert starts_at_once(fleet) == 3
 
 
 def test_a_group_that_is_not_needed_any_more_goes_only_when_others_hold_its_experts():
