@@ -2,7 +2,7 @@
 # make test     everything CI runs: the checks, then all tests
 # make check    format, lint, types, import directions
 # make format   let ruff rewrite what it can
-# make bench-chaos   what clients notice when processes die (40 minutes, on an idle machine)
+# make bench-chaos   what clients notice when processes die (45 minutes, on an idle machine)
 # make fuzz     hostile bytes against the frames, for a minute          make check-gpu-api   our calls of NCCL against cupy
 
 PYTHON ?= python3

@@ -1,6 +1,6 @@
 """What does a client under load notice when a process dies, a host is cut off, or an operator changes things?
 
-    make bench-chaos                                       # all of it: about 40 minutes
+    make bench-chaos                                       # all of it: about 45 minutes
     python bench/chaos.py --only kill-group,kill-router    # some of it; --list names all
     python bench/chaos.py --json out.json --plot out.png   # numbers for programs, tokens per second for eyes
 
@@ -170,8 +170,9 @@ async def _disturbed(deployment: Deployment, fault: Fault, options: Options) -> 
                 num_before = len(target.blows)
                 await fault.strike(target)
                 await target.until_whole()
-                struck.append(Window(target.blows[num_before].at, time.perf_counter()))
-                await asyncio.sleep(SETTLE_S)
+                window = Window(target.blows[num_before].at, time.perf_counter())
+                struck.append(window)
+                await asyncio.sleep(max(fault.shortest_s - window.length_s, 0) + SETTLE_S)
         except (httpx.HTTPError, TimeoutError, LookupError, StopIteration) as error:
             trouble = f"{type(error).__name__}: {error}"
         enough.set()
@@ -185,6 +186,7 @@ async def _disturbed(deployment: Deployment, fault: Fault, options: Options) -> 
             target.blows,
             struck,
             fault.before_s,
+            fault.shortest_s,
             moved,
             trouble,
         )

@@ -10,7 +10,6 @@ from chaos_load import Stream
 from chaos_target import Blow
 
 LEAD_S = 8.0  # of load before a fault: by then all streams have read their first prompts
-SHORTEST_WINDOW_S = 5.0  # behind a blow
 BIN_S = 0.25
 
 Answers = Mapping[int, tuple[tuple[str, float], ...]]  # index of the request -> tokens with logprobs
@@ -44,6 +43,7 @@ class Run:
     blows: Sequence[Blow] = ()
     struck: Sequence[Window] = ()  # of each time that the fault was done: to when all was whole again
     before_s: float = 0.0  # for so long before each of these, all was undisturbed
+    shortest_s: float = 0.0  # so much from each blow on is looked at, also if all was whole sooner
     moved_bytes: int = 0
     trouble: str | None = None  # why it did not go as planned
 
@@ -55,7 +55,7 @@ class Run:
     @property
     def windows(self) -> list[Window]:
         """Each time that the fault was done; of an undisturbed run, all of it."""
-        struck = [Window(each.begin, max(each.end, each.begin + SHORTEST_WINDOW_S)) for each in self.struck]
+        struck = [Window(each.begin, max(each.end, each.begin + self.shortest_s)) for each in self.struck]
         return struck or [self.steady]
 
     @property
