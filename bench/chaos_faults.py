@@ -161,7 +161,7 @@ FAULTS = (
     Fault("kill-group-and-router", TWO_BY_TWO, kill_one("ExpertGroup", "Router")),
     Fault("kill-group-and-engine", TWO_BY_TWO, kill_one("ExpertGroup", "Engine"), (FAILOVER_GAP,)),
     # It is over in seconds, which have too few gaps for a p99 of their own.
-    Fault("rolling-restart", TWO_BY_TWO, rolling_restart, (STEADY, NO_503), times=4, shortest_s=20.0),
+    Fault("rolling-restart", TWO_BY_TWO, rolling_restart, (NO_503,), times=4, shortest_s=20.0),
     Fault("scale", TWO_BY_TWO, scale, (STEADY, NO_503), times=6, shortest_s=20.0),
     # The router would not wait longer before it balances by itself.
     Fault("rebalance", FEW_SLOTS, rebalance, (STEADY, NO_503), skew, times=4, before_s=8.0),
