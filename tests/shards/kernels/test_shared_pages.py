@@ -145,17 +145,23 @@ def test_nothing_is_shared_where_the_system_is_out_of_descriptors(monkeypatch):
     assert shared_pages.create(PAGE_BYTES) is None
 
 
-@needs_sharing
-def test_files_are_kept_while_more_than_half_of_the_descriptors_are_free():
+@pytest.mark.parametrize(("offset", "is_scarce"), [(-1, False), (0, True)])
+def test_descriptors_are_scarce_from_half_of_the_limit_on(offset: int, is_scarce: bool):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    next_free = os.open(os.devnull, os.O_RDONLY)
-    os.close(next_free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (2 * (next_free + 3), limits[1]))
+    at_least = 2 * (max(map(int, os.listdir("/proc/self/fd"))) + 2)  # behind all that are in use
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2 * at_least, limits[1]))
     try:
-        made = [shared_pages.create(PAGE_BYTES) for _ in range(4)]
+        file = OpenFile(fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, at_least + offset))
+        assert file.fileno() == at_least + offset
+        assert shared_pages.is_scarce(file) == is_scarce
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert [shared is not None for shared in made] == [True, True, True, False]
+
+
+@needs_sharing
+def test_nothing_is_shared_where_descriptors_are_scarce(monkeypatch):
+    monkeypatch.setattr(shared_pages, "is_scarce", lambda file: True)
+    assert shared_pages.create(PAGE_BYTES) is None
 
 
 @needs_sharing
