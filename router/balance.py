@@ -84,9 +84,10 @@ def balance(
             # A local search may be stuck where it began. From nothing it may get further, and that is then
             # worth the copies.
             empty_GE = np.zeros_like(wanted_GE)
-            fresh_GE, _ = _balance_layer(load_LE[layer], empty_GE, slots_G, dealt, goal)
-            fresh_GE = _with_idle(fresh_GE, held_GLE[:, layer], slots_G)
-            fresh_GE, is_balanced = _balance_layer(load_LE[layer], fresh_GE, slots_G, dealt, goal)
+            fresh_GE, is_balanced = _balance_layer(load_LE[layer], empty_GE, slots_G, dealt, goal)
+            kept_GE = _with_idle(fresh_GE, held_GLE[:, layer], slots_G)
+            if not np.array_equal(kept_GE, fresh_GE):
+                fresh_GE, is_balanced = _balance_layer(load_LE[layer], kept_GE, slots_G, dealt, goal)
             wanted_GE = fresh_GE if is_balanced else wanted_GE
         wanted_GLE[:, layer] = wanted_GE
     return wanted_GLE

@@ -1,6 +1,6 @@
 """The table that says which groups hold which experts, and how the rows of a layer are shared out by it."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -69,7 +69,6 @@ class Placement:
         expert. An expert without a replica gets no share.
         """
         num_groups = len(self.groups)
-        asked = self._asked(layer)
         load_G = [0] * num_groups
         parts_E: dict[int, list[tuple[int, int]]] = {}  # (group, rows) of each expert
 
@@ -79,11 +78,7 @@ class Placement:
             for group, part in parts_E[expert]:
                 load_G[group] += max(part, VISIT_ROWS)
 
-        choices = [
-            (expert, tuple(g for g in self.replicas(layer, expert) if g in asked), num_rows)
-            for expert, num_rows in rows
-            if num_rows
-        ]
+        choices = [(expert, self._asked(layer, expert), num_rows) for expert, num_rows in rows if num_rows]
         choices = [choice for choice in choices if choice[1]]
         for choice in sorted(choices, key=lambda choice: (len(choice[1]), -choice[2])):
             place(*choice)
@@ -94,14 +89,15 @@ class Placement:
             place(*choice)
         return [Share(expert, group, part) for expert, parts in parts_E.items() for group, part in parts]
 
-    def _asked(self, layer: int) -> Collection[int]:
-        """Return the groups that get rows of a layer: the same for all engines, which share their cores."""
+    def _asked(self, layer: int, expert: int) -> tuple[int, ...]:
+        """Return the replicas that get rows: the same for all engines, which share the groups' cores."""
+        replicas = self.replicas(layer, expert)
         if not self._crowds:
-            return range(len(self.groups))
-        if layer not in self._known_asked:
+            return replicas
+        if layer not in self._asked_groups:
             held_G = [held.get(layer, frozenset()) for held in self._held]
-            self._known_asked[layer] = asked_groups(held_G, self._crowds, layer)
-        return self._known_asked[layer]
+            self._asked_groups[layer] = asked_groups(held_G, self._crowds, layer)
+        return tuple(group for group in replicas if group in self._asked_groups[layer])
 
     @cached_property
     def _crowds(self) -> list[Crowd]:
@@ -116,8 +112,8 @@ class Placement:
         return [crowd for crowd in crowds if len(crowd.groups) > crowd.num_at_once]
 
     @cached_property
-    def _known_asked(self) -> dict[int, frozenset[int]]:
-        """By layer."""
+    def _asked_groups(self) -> dict[int, frozenset[int]]:
+        """By layer, as far as they were needed yet."""
         return {}
 
     @cached_property

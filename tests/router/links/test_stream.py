@@ -203,19 +203,15 @@ def test_a_file_that_nobody_asked_for_is_not_kept():
         link.close()
 
 
-def test_a_frame_that_lacks_its_file_ends_the_link():
-    raw, sock = unix_sockets()
+@pytest.mark.parametrize(
+    ("sockets", "reason"),
+    [(unix_sockets, "it came without its file"), (tcp_sockets, "no file can come with it")],
+)
+def test_a_frame_that_lacks_its_file_ends_the_link(sockets, reason: str):
+    raw, sock = sockets()
     with raw:
         raw.sendall(b"".join(map(bytes, encode(memory_frame()))))
-        with pytest.raises(LinkLost, match="it came without its file"):
-            StreamLink(sock, "peer").receive(5)
-
-
-def test_a_frame_with_a_file_from_another_host_ends_the_link():
-    raw, sock = tcp_sockets()
-    with raw:
-        raw.sendall(b"".join(map(bytes, encode(memory_frame()))))
-        with pytest.raises(LinkLost, match="no file can come with it"):
+        with pytest.raises(LinkLost, match=reason):
             StreamLink(sock, "peer").receive(5)
 
 
